@@ -1,0 +1,70 @@
+"""Every error the project raises on purpose, as one tree.
+
+    QloraError
+    ├── ConfigError      (ValueError)    the pipeline config or a command's arguments; exit code 2
+    ├── DataError        (ValueError)    dataset files, rows, splits
+    │   └── MaskError                    a chat template whose assistant tokens cannot be told apart
+    ├── ModelError       (ValueError)    base checkpoints, tokenizers, adapters
+    ├── TrainingError    (RuntimeError)  NaN, nothing to train on, a checkpoint that does not fit
+    ├── SweepError       (RuntimeError)  no trial finished, no cluster, an impossible search space
+    ├── EvaluationError  (ValueError)    verdict and label files, statistics that have no answer
+    ├── JudgeError       (RuntimeError)  the judge's endpoint, its answers, its budget
+    ├── StoreError       (OSError)       the artifact store cannot be read or written
+    │   └── CorruptArtifactError         bytes that do not match their manifest
+    └── RegistryError    (RuntimeError)  MLflow, versions, aliases
+
+A message names the value, what is allowed, and the next step. To add one: inherit from the root and from the standard
+library's error it replaces, take one positional message (so that it survives pickling between Ray processes), draw it above.
+"""
+
+
+class QloraError(Exception):
+    """Root of the tree. `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class ConfigError(QloraError, ValueError):
+    """The pipeline config or a command's arguments are wrong."""
+
+    exit_code = 2
+
+
+class DataError(QloraError, ValueError):
+    """A dataset file or what is left of it cannot be used."""
+
+
+class MaskError(DataError):
+    """The loss mask of a chat template cannot be proven to hold the assistant's tokens and nothing else."""
+
+
+class ModelError(QloraError, ValueError):
+    """A base checkpoint, tokenizer or adapter cannot be used."""
+
+
+class TrainingError(QloraError, RuntimeError):
+    """A training run cannot go on."""
+
+
+class SweepError(QloraError, RuntimeError):
+    """A sweep cannot start or has no result."""
+
+
+class EvaluationError(QloraError, ValueError):
+    """An evaluation's input or statistic is unusable."""
+
+
+class JudgeError(QloraError, RuntimeError):
+    """The judge could not be asked."""
+
+
+class StoreError(QloraError, OSError):
+    """The artifact store cannot be read or written."""
+
+
+class CorruptArtifactError(StoreError):
+    """Stored bytes do not match their manifest."""
+
+
+class RegistryError(QloraError, RuntimeError):
+    """The model registry refused, or holds something other than what was asked for."""
