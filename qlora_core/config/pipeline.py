@@ -39,6 +39,11 @@ class PipelineConfig(Section):
         copy._folder = folder.resolve()
         return copy
 
+    @property
+    def folder(self) -> Path:
+        """Where relative paths start."""
+        return self._folder
+
     def path(self, value: str) -> Path:
         """`value` as an absolute path; a relative one starts at the config file's folder."""
         return (self._folder / Path(value).expanduser()).resolve()

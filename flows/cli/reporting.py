@@ -1,0 +1,95 @@
+"""What a command says and how it ends: one JSON object or readable text on standard output, everything else on standard error.
+
+Knows nothing of the commands themselves.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from qlora_core.errors import QloraError
+from qlora_core.telemetry import disable_usage_reporting
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. --set train.learning_rate=1e-4."),
+]
+
+
+@dataclass
+class Report:
+    """Collects a command's result: `data` for scripts, `lines` for people."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    exit_code: int = 0
+
+    def say(self, line: str) -> None:
+        """Add a line of the readable result."""
+        self.lines.append(line)
+
+
+@contextmanager
+def reporting(as_json: bool) -> Iterator[Report]:
+    """Run a command's body: expected errors become one clear message and an exit code, Ctrl-C a hint how to go on.
+
+    With `as_json`, standard output is kept for the result: whatever libraries print meanwhile goes to standard error,
+    and a failure too leaves one object, `{"error": {"type", "message"}}`.
+    """
+    disable_usage_reporting()
+    _set_up_logging()
+    signal.signal(signal.SIGTERM, _interrupt)
+    report = Report()
+    stdout = _claim_stdout() if as_json else None
+    failure: dict[str, str] | None = {"type": "Failure", "message": "the command failed; see standard error"}
+    try:
+        yield report
+        failure = None
+    except QloraError as error:
+        failure = {"type": type(error).__name__, "message": str(error)}
+        report.exit_code = error.exit_code
+        typer.secho(f"error: {error}", fg="red", err=True)
+    except KeyboardInterrupt:
+        failure = {"type": "Interrupted", "message": "interrupted; run the same command again to go on"}
+        report.exit_code = 1
+        typer.secho("interrupted: finished stages and checkpoints are kept; the same command goes on", err=True)
+    finally:
+        if stdout is not None:
+            with os.fdopen(stdout, "w", encoding="utf-8") as stream:
+                payload = report.data if failure is None else {"error": failure}
+                stream.write(json.dumps(payload, ensure_ascii=False, allow_nan=False) + "\n")
+    if failure is None and not as_json:
+        for line in report.lines:
+            typer.echo(line)
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)
+
+
+def _claim_stdout() -> int:
+    """Keep the real standard output for the result and point descriptor 1 at standard error."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    return kept
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """A polite kill is treated like Ctrl-C: work stops at a safe point and is kept."""
+    raise KeyboardInterrupt
+
+
+def _set_up_logging() -> None:
+    level = os.environ.get("QLORA_LOG_LEVEL", "INFO").upper()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for package in ("qlora_core", "tasks", "flows"):
+        logging.getLogger(package).setLevel(level)

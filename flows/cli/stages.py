@@ -1,0 +1,151 @@
+"""Commands that run the pipeline or a part of it: run, curate, sweep, evaluate."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.cli.reporting import JsonOption, Report, SetOption, reporting
+
+if TYPE_CHECKING:
+    from qlora_core.pipeline.pipeline import Pipeline
+
+ConfigArgument = Annotated[Path, typer.Argument(help="The pipeline config, a YAML file.", show_default=False)]
+
+
+def open_pipeline(config: Path, overrides: list[str] | None) -> "Pipeline":
+    """The pipeline of a config file, its store checked so that a run does not find out at its end."""
+    from qlora_core.config.load import load_config
+    from qlora_core.pipeline.pipeline import Pipeline
+
+    pipeline = Pipeline(load_config(config, overrides or ()))
+    pipeline.job.store.check()
+    return pipeline
+
+
+def run(config: ConfigArgument, overrides: SetOption = None, json: JsonOption = False) -> None:
+    """The whole job: curate, quantize, sweep, evaluate, gate, register.
+
+    Finished stages are taken from the store; an interrupted run goes on where it stopped when the same command is given.
+
+    Examples:
+
+      qlora run pipeline.yaml
+
+      qlora run pipeline.yaml --set train.learning_rate=1e-4 --json
+    """
+    with reporting(json) as report:
+        from qlora_core.pipeline.run_record import finished_before
+
+        pipeline = open_pipeline(config, overrides)
+        # Prefect's in-process API takes seconds to start, so it is left alone where nothing has to run.
+        summary = finished_before(pipeline.job.config)
+        if summary is None:
+            from flows.retrain import retrain
+
+            summary = retrain(config=str(config.resolve()), overrides=overrides or [])
+        report.data = summary
+        _say_summary(report, summary)
+
+
+def _say_summary(report: Report, summary: dict[str, Any]) -> None:
+    for stage in summary["stages"]:
+        report.say(f"{stage['name']:<10} {'cached' if stage['cached'] else f'{stage["seconds"]:.1f} s'}")
+    report.say("")
+    for trial in summary["trials"]:
+        report.say(_trial_line(trial, summary["best"]))
+    report.say("")
+    for line in summary["headline"]:
+        report.say(line)
+    report.say(f"verdict: {summary['verdict']}")
+    for reason in summary["reasons"]:
+        report.say(f"  {reason}")
+    report.say(f"model version: {summary['model_version']}")
+    report.say(f"report: {summary['report']}")
+
+
+def _trial_line(trial: dict[str, Any], best: str) -> str:
+    params = " ".join(f"{name}={value}" for name, value in trial["params"].items())
+    loss = "no loss" if trial["loss"] is None else f"loss {trial['loss']:.4f}"
+    mark = "  <- best" if trial["id"] == best else ""
+    error = f"  {trial['error']}" if trial["error"] else ""
+    return f"{trial['id']} {trial['state']:<9} {loss} at step {trial['steps']}  {params}{mark}{error}"
+
+
+def curate(config: ConfigArgument, overrides: SetOption = None, json: JsonOption = False) -> None:
+    """Read, check, de-duplicate, split and tokenize the data; nothing is trained.
+
+    Example:
+
+      qlora curate pipeline.yaml --json
+    """
+    with reporting(json) as report:
+        pipeline = open_pipeline(config, overrides)
+        result = pipeline.run("curate")
+        curation = pipeline.document("curate", "curation.json")
+        report.data = {
+            "rows": curation["rows"],
+            "splits": curation["splits"],
+            "digest": curation["digest"],
+            "path": str(result.artifact.path),
+        }
+        _say_funnel(report, curation)
+        report.say(f"path: {result.artifact.path}")
+
+
+def _say_funnel(report: Report, curation: dict[str, Any]) -> None:
+    report.say(f"{'source':<40} {'in':>8} {'kept':>8} {'dropped':>8} {'bad':>8}")
+    for source, counts in [*curation["by_source"].items(), ("all", curation["rows"])]:
+        cells = (counts[name] for name in ("in", "kept", "dropped", "quarantined"))
+        report.say(f"{source:<40} " + " ".join(f"{cell:>8}" for cell in cells))
+    for rule, count in sorted(curation["reasons"].items()):
+        report.say(f"  {rule}: {count}")
+    report.say("splits: " + ", ".join(f"{name} {count}" for name, count in curation["splits"].items()))
+
+
+def sweep(config: ConfigArgument, overrides: SetOption = None, json: JsonOption = False) -> None:
+    """Train the trials of the sweep, after whatever they need, and keep the best adapter.
+
+    Examples:
+
+      qlora sweep pipeline.yaml
+
+      qlora sweep pipeline.yaml --set sweep.method=random --set sweep.trials=16
+    """
+    with reporting(json) as report:
+        from qlora_core.pipeline.run_record import trial_rows
+
+        pipeline = open_pipeline(config, overrides)
+        result = pipeline.run("sweep")
+        swept = pipeline.document("sweep", "sweep.json")
+        rows = trial_rows(swept)
+        report.data = {"trials": rows, "best": swept["best"], "adapter": str(result.artifact.path / "adapter")}
+        for row in rows:
+            report.say(_trial_line(row, swept["best"]))
+        report.say(f"adapter: {result.artifact.path / 'adapter'}")
+
+
+def evaluate(config: ConfigArgument, overrides: SetOption = None, json: JsonOption = False) -> None:
+    """Measure the best adapter against the base on held-out rows, and say what the gate would decide.
+
+    Example:
+
+      qlora evaluate pipeline.yaml --set evaluate.judge.kind=none
+    """
+    with reporting(json) as report:
+        from qlora_core.pipeline.promotion import Promotion
+        from qlora_core.pipeline.run_record import headline
+
+        pipeline = open_pipeline(config, overrides)
+        pipeline.run("evaluate")
+        evaluation = pipeline.document("evaluate", "evaluation.json")
+        gate = Promotion(pipeline).gate()
+        report.data = {
+            "metrics": evaluation["metrics"],
+            "ratings": evaluation["ratings"],
+            "verdict": gate.decision["verdict"],
+            "report": str(gate.report),
+        }
+        for line in [*headline(evaluation), f"verdict: {gate.decision['verdict']}", *gate.decision["reasons"]]:
+            report.say(line)
+        report.say(f"report: {gate.report}")

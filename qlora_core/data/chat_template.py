@@ -1,0 +1,222 @@
+"""The tokenizer with the chat template that training and evaluation share, and the stop token that template writes.
+
+Templates run in transformers' sandbox and are treated as black boxes: what they do is measured on their output. This
+module knows nothing of datasets; `loss_mask` proves the mask row by row.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qlora_core.data.row import Message
+from qlora_core.errors import DataError, MaskError, ModelError
+
+logger = logging.getLogger(__name__)
+
+Origin = Literal["file", "tokenizer", "plain default"]
+
+# For base tokenizers that bring no template. It needs nothing of a tokenizer but a stop token.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ '### Assistant:\\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\\n' }}"
+    "{% else %}"
+    "{{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] + '\\n' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+)
+
+# Llama 3 templates write today's date unless told one; a fixed one keeps two runs byte-equal. Templates that know
+# nothing of these variables ignore them. Reasoning is off: dataset answers come without it.
+TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024", "enable_thinking": False}
+
+# What a user's template may raise besides Jinja's own errors.
+TEMPLATE_FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
+
+PROBE = (
+    Message("user", "Which comes first, alpha or Beta?"),
+    Message("assistant", "Alpha comes first; then comes Beta.", train=True),
+)
+NEXT_STEP = (
+    "Name a Jinja file in data.chat_template that writes each assistant text unchanged, directly after what "
+    "add_generation_prompt writes, and {{ eos_token }} directly after the text"
+)
+
+
+@dataclass(frozen=True)
+class ChatTokenizer:
+    """A tokenizer whose `chat_template` is the one in use.
+
+    `origin` says where the template came from; `stop_token` is what it writes after an assistant's text. `bos_token_id`
+    is what every row must open with, exactly once; None where the tokenizer adds none by itself. `bos_added` says that
+    the template lacked it and was given it. Padding is nobody's business here: rows are padded by position, so that a
+    pad token equal to the stop token hides no label.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    origin: Origin
+    stop_token: str
+    stop_token_id: int
+    bos_token_id: int | None
+    bos_added: bool
+    special_text: re.Pattern[str]
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The conversation as text. Raises MaskError with the template's own complaint if it refuses."""
+        return render(self.tokenizer, messages, self.origin, add_generation_prompt=add_generation_prompt)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of rendered texts: the template writes the BOS, so none is added here."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [list(ids) for ids in encoded["input_ids"]]
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Texts of token ids, special tokens shown, nothing tidied."""
+        if not ids:
+            return []
+        return self.tokenizer.batch_decode(
+            [list(one) for one in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+
+def load_chat_tokenizer(folder: Path, chat_template_file: Path | None = None) -> ChatTokenizer:
+    """The tokenizer in `folder` with its chat template: the file if given, else its own, else `PLAIN_TEMPLATE`.
+
+    Only local files are read and no code from the folder is run. Raises ModelError for a folder without a usable
+    tokenizer, DataError for an unreadable template file, MaskError for a template whose assistant text and stop token
+    cannot be told apart from the rest.
+    """
+    tokenizer = _load_tokenizer(folder)
+    template, origin = _choose_template(tokenizer, chat_template_file)
+    tokenizer.chat_template = template
+    bos_token_id = _own_bos(tokenizer)
+    bos_added = bos_token_id is not None and tokenizer.bos_token not in render(tokenizer, PROBE, origin)
+    if bos_added:
+        tokenizer.chat_template = "{{ bos_token }}" + template
+        if origin != "plain default":
+            logger.warning("the chat template (%s) writes no %s; it is written first now", origin, tokenizer.bos_token)
+    stop_token = _find_stop_token(tokenizer, origin)
+    logger.info("chat template: %s; stop token %s", origin, stop_token)
+    return ChatTokenizer(
+        tokenizer=tokenizer,
+        origin=origin,
+        stop_token=stop_token,
+        stop_token_id=int(tokenizer.convert_tokens_to_ids(stop_token)),
+        bos_token_id=bos_token_id,
+        bos_added=bos_added,
+        special_text=_special_text(tokenizer, stop_token),
+    )
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    origin: Origin,
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    """The conversation as the tokenizer's template writes it. Raises MaskError if the template fails."""
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=add_generation_prompt, **TEMPLATE_VARIABLES
+        )
+    except TEMPLATE_FAULTS as error:
+        raise MaskError(
+            f"the chat template ({origin}) fails on turns {[message.role for message in messages]}: "
+            f"{type(error).__name__}: {error}. {NEXT_STEP}"
+        ) from error
+    return str(text)
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not folder.is_dir():
+        raise ModelError(f"tokenizer folder {str(folder)!r} does not exist; base.model must name a checkpoint folder")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    # What the readers of tokenizer.json raise on damage is not more specific than these.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ModelError(
+            f"the tokenizer in {str(folder)!r} cannot be loaded: {error}. The folder needs tokenizer.json and "
+            "tokenizer_config.json beside the weights; fetch the checkpoint again"
+        ) from error
+
+
+def _choose_template(tokenizer: PreTrainedTokenizerBase, file: Path | None) -> tuple[str, Origin]:
+    if file is not None:
+        return _read_template(file), "file"
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default")
+    if own:
+        return str(own), "tokenizer"
+    if tokenizer.eos_token is None:
+        raise MaskError(
+            "the base tokenizer has neither a chat template nor an eos token, so an answer has no end to learn. Add an "
+            "eos token to its tokenizer_config.json, or name a Jinja file in data.chat_template"
+        )
+    logger.warning(
+        "the base tokenizer has no chat template; the plain default is used ('### User:' / '### Assistant:' lines, %s "
+        "after each answer) and saved with the tokenizer",
+        tokenizer.eos_token,
+    )
+    return PLAIN_TEMPLATE, "plain default"
+
+
+def _read_template(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"chat template file {str(file)!r} cannot be read: {error}. data.chat_template names a Jinja file in UTF-8; "
+            "relative paths start at the folder of the config file"
+        ) from error
+    if not text.strip():
+        raise DataError(f"chat template file {str(file)!r} is empty. {NEXT_STEP}")
+    return text
+
+
+def _own_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The BOS id if the tokenizer opens a plain text with it by itself, else None."""
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return int(bos) if bos is not None and ids and ids[0] == bos else None
+
+
+def _find_stop_token(tokenizer: PreTrainedTokenizerBase, origin: Origin) -> str:
+    text = render(tokenizer, PROBE, origin)
+    prompt = render(tokenizer, PROBE[:1], origin, add_generation_prompt=True)
+    answer = PROBE[1].content
+    sample = f"Rendered sample: {text!r}"
+    where = f"the chat template ({origin}) cannot be masked"
+    if not text.startswith(prompt):
+        raise MaskError(f"{where}: what add_generation_prompt writes, {prompt!r}, does not open the row. {sample}. {NEXT_STEP}")
+    written = text[len(prompt) :].lstrip()
+    if not written.startswith(answer):
+        raise MaskError(
+            f"{where}: the assistant's text {answer!r} does not follow the generation prompt unchanged. "
+            f"{sample}. {NEXT_STEP}"
+        )
+    after = written[len(answer) :].lstrip()
+    known = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    not_a_stop = {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token} - {tokenizer.eos_token}
+    stops = [token for token in known - not_a_stop if token.strip() and after.startswith(token)]
+    if not stops:
+        raise MaskError(f"{where}: no stop token follows the assistant's text. {sample}. {NEXT_STEP}")
+    return max(stops, key=len)
+
+
+def _special_text(tokenizer: PreTrainedTokenizerBase, stop_token: str) -> re.Pattern[str]:
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= {*tokenizer.all_special_tokens, stop_token}
+    longest_first = sorted((token for token in special if token.strip()), key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, longest_first)))

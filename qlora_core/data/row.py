@@ -1,0 +1,129 @@
+"""The canonical row: one conversation, whatever format it came in. Knows nothing of files, templates or tokens."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qlora_core.data.text_form import spaced
+from qlora_core.digest import digest_json
+from qlora_core.errors import DataError
+
+Role = Literal["system", "user", "assistant"]
+
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+class RowError(DataError):
+    """A row that cannot be used; it goes to quarantine.
+
+    Its message is `kind: detail`. `kind` comes from a small set and is what the funnel counts; the detail names the
+    value at fault, never the conversation's text.
+    """
+
+    @property
+    def kind(self) -> str:
+        """The part of the message before the first colon."""
+        return str(self).partition(":")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `train` is True only for assistant turns whose tokens carry loss."""
+
+    role: Role
+    content: str
+    train: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a reader makes of one record, before the rules that hold for every format."""
+
+    messages: Sequence[Message]
+    category: str | None = None
+    licence: str | None = None
+    generator: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A conversation that opens with an optional system turn and a user turn, and ends on an assistant turn.
+
+    `id` is the SHA-256 of the messages alone, so it does not depend on where the row was found. `line` counts from 1 and
+    is the line of the file where the record starts. `trimmed` is how many turns after the last answer were left out.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    source: str
+    line: int
+    category: str | None = None
+    licence: str | None = None
+    generator: str | None = None
+    trimmed: int = 0
+
+    @property
+    def opening(self) -> str:
+        """The first user turn."""
+        return next(message.content for message in self.messages if message.role == "user")
+
+    @property
+    def group_key(self) -> str:
+        """What must not lie on two sides of the split: the opening prompt, its spacing evened out.
+
+        Every path of a conversation tree opens with the tree's root, so a tree is in one group as well.
+        """
+        return spaced(self.opening)
+
+    @property
+    def conversation_key(self) -> tuple[tuple[str, str], ...]:
+        """Equal for two rows that say the same in the same roles, spacing aside."""
+        return tuple((message.role, spaced(message.content)) for message in self.messages)
+
+
+def row_id(messages: Sequence[Message]) -> str:
+    """SHA-256 over roles, contents and train flags, 64 hex digits."""
+    return digest_json([[message.role, message.content, message.train] for message in messages])
+
+
+def make_row(draft: Draft, source: str, line: int) -> Row:
+    """Check a draft against the rules of `Row`, trim what follows its last answer, and give it its identity.
+
+    Raises RowError for an empty or unreadable turn, a system turn that is not first, a conversation that does not open
+    with the user, and one without an assistant turn to train on.
+    """
+    messages = [message for message in draft.messages if message.content or message.role != "system"]
+    for number, message in enumerate(messages, start=1):
+        _check_turn(number, message)
+    last_answer = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
+    if last_answer < 0:
+        raise RowError(f"no assistant turn: roles are {[message.role for message in messages]}")
+    kept = tuple(messages[: last_answer + 1])
+    first = kept[1] if kept[0].role == "system" else kept[0]
+    if first.role != "user":
+        raise RowError("no opening user turn: the assistant speaks first")
+    if not any(message.train for message in kept):
+        raise RowError("nothing to train: every assistant turn has weight 0")
+    return Row(
+        id=row_id(kept),
+        messages=kept,
+        source=source,
+        line=line,
+        category=draft.category,
+        licence=draft.licence,
+        generator=draft.generator,
+        trimmed=len(messages) - len(kept),
+    )
+
+
+def _check_turn(number: int, message: Message) -> None:
+    if not message.content:
+        kind = "empty answer" if message.role == "assistant" else "empty turn"
+        raise RowError(f"{kind}: turn {number} ({message.role}) holds no text")
+    if message.role == "system" and number > 1:
+        raise RowError(f"misplaced system turn: turn {number}; only the first turn may be the system's")
+    if LONE_SURROGATE.search(message.content):
+        raise RowError(f"invalid text: turn {number} ({message.role}) holds half of a surrogate pair")
+    if message.train and message.role != "assistant":
+        raise RowError(f"wrong weight: turn {number} ({message.role}) asks for loss; only assistant turns are trained")

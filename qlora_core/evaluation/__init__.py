@@ -1,0 +1,1 @@
+"""Evaluation: held-out loss, exact match, judges, verdicts, ratings, agreement."""

@@ -1,0 +1,136 @@
+"""Append-only record of every judge call, in SQLite. Knows keys, outcomes and costs, not endpoints or prompts.
+
+One row per attempt. Only scored verdicts are ever served; failures are kept and billed, and asked again by a later run.
+A row is committed as soon as its answer is there, so a killed process pays for at most the calls it had in flight.
+"""
+
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from qlora_core.errors import JudgeError
+from qlora_core.evaluation.pairwise import Judgement
+
+SCHEMA_VERSION = 1
+BUSY_TIMEOUT_S = 30.0
+KEYS_PER_QUERY = 500
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS attempts (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    key TEXT NOT NULL,
+    created_s REAL NOT NULL,
+    slot TEXT CHECK (slot IN ('first', 'second', 'tie')),
+    reason TEXT,
+    raw TEXT,
+    finish_reason TEXT,
+    model TEXT,
+    input_tokens INTEGER,
+    output_tokens INTEGER,
+    cost_usd REAL NOT NULL,
+    latency_s REAL NOT NULL
+);
+CREATE INDEX IF NOT EXISTS attempts_by_key ON attempts (key);
+CREATE TRIGGER IF NOT EXISTS attempts_are_final BEFORE UPDATE ON attempts
+BEGIN SELECT RAISE(ABORT, 'attempts are never changed'); END;
+CREATE TRIGGER IF NOT EXISTS attempts_are_kept BEFORE DELETE ON attempts
+BEGIN SELECT RAISE(ABORT, 'attempts are never deleted'); END;
+"""
+
+
+class Attempt(NamedTuple):
+    """One call and what came of it: `judgement`, the text behind it, the usage the server reported and its price."""
+
+    judgement: Judgement
+    raw: str | None = None
+    finish_reason: str | None = None
+    model: str | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cost_usd: float = 0.0
+    latency_s: float = 0.0
+
+
+class VerdictCache:
+    """The record in one file (None: in memory, for one run). Safe for several threads and processes at once."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._lock = threading.Lock()
+        self._where = str(path) if path is not None else "memory"
+        try:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(
+                path if path is not None else ":memory:", timeout=BUSY_TIMEOUT_S, check_same_thread=False
+            )
+            self._prepare()
+        except (OSError, sqlite3.DatabaseError) as error:
+            raise JudgeError(
+                f"the verdict cache {self._where} cannot be used ({error}); check the folder's rights, "
+                "or move the file away to start a new one"
+            ) from error
+
+    def __enter__(self) -> "VerdictCache":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; what was recorded stays."""
+        with self._lock:
+            self._connection.close()
+
+    def scored(self, keys: Iterable[str]) -> dict[str, Judgement]:
+        """The earliest scored judgement of each key that has one."""
+        found: dict[str, Judgement] = {}
+        for key, slot, reason in self._by_key("SELECT key, slot, reason FROM attempts WHERE slot IS NOT NULL AND", keys):
+            found.setdefault(key, Judgement(slot, reason))
+        return found
+
+    def spent_usd(self, keys: Iterable[str]) -> float:
+        """What all attempts at these keys have cost, failures and earlier runs included."""
+        return sum((row[0] for row in self._by_key("SELECT cost_usd FROM attempts WHERE", keys)), 0.0)
+
+    def record(self, key: str, attempt: Attempt) -> None:
+        """Append one attempt and commit it."""
+        judgement = attempt.judgement
+        row = (key, time.time(), judgement.slot, judgement.reason, *attempt[1:])
+        try:
+            with self._lock, self._connection:
+                self._connection.execute(
+                    "INSERT INTO attempts (key, created_s, slot, reason, raw, finish_reason, model, input_tokens,"
+                    " output_tokens, cost_usd, latency_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    row,
+                )
+        except sqlite3.DatabaseError as error:
+            raise JudgeError(f"the verdict cache {self._where} cannot be written ({error}); free space there") from error
+
+    def _prepare(self) -> None:
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection.execute("PRAGMA synchronous = FULL")
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version not in (0, SCHEMA_VERSION):
+            raise JudgeError(
+                f"the verdict cache {self._where} has format {version}, this version reads {SCHEMA_VERSION}; "
+                "move the file away to start a new one"
+            )
+        self._connection.executescript(SCHEMA)
+        self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self._connection.commit()
+
+    def _by_key(self, select: str, keys: Iterable[str]) -> list[tuple]:
+        wanted = sorted(set(keys))
+        rows: list[tuple] = []
+        with self._lock:
+            for start in range(0, len(wanted), KEYS_PER_QUERY):
+                part = wanted[start : start + KEYS_PER_QUERY]
+                marks = ", ".join("?" * len(part))
+                rows += self._connection.execute(f"{select} key IN ({marks}) ORDER BY id", part).fetchall()
+        return rows

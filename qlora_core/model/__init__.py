@@ -1,0 +1,1 @@
+"""Loaded models: the quantized base, adapters on it, answers, losses."""

@@ -1,0 +1,119 @@
+"""Loads the frozen base model, quantized or plain, on the device at hand and in the precision it computes well in.
+
+Knows nothing of adapters or of how the checkpoint came to be.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from transformers import PreTrainedModel
+
+from qlora_core.errors import ConfigError, ModelError
+from qlora_core.model.exact_linear import ExactLinear4bit
+from qlora_core.quantization.audit import StorageFormat, audit_quantized
+from qlora_core.quantization.checkpoint import check_checkpoint, is_quantized, read_model_config, read_tensors
+from qlora_core.quantization.dequantize import blocks_cross_rows
+from qlora_core.quantization.loading import load_model
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_device() -> str:
+    """`cuda` where torch can use a GPU, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_precision(precision: str, device: str) -> torch.dtype:
+    """The compute dtype that a precision setting means on a device.
+
+    `auto` is bfloat16 on GPUs that have it in hardware, else float32. On a CPU it is float32 always: bitsandbytes' bf16
+    path there rounds the stored constants too, and where bf16 is emulated it is 60 to 100 times slower.
+
+    Raises:
+        ConfigError: the setting is none of auto, float32, bfloat16.
+    """
+    if precision == "auto":
+        native = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision {precision!r} is unknown; choose auto, {' or '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
+
+
+def load_quantized(folder: Path, *, precision: str = "auto", device: str | None = None) -> PreTrainedModel:
+    """The 4-bit base of a folder that `quantize_checkpoint` wrote: frozen, in eval mode, its cache off.
+
+    Linear layers compute in the chosen precision, and the other parameters are cast to it; position tables stay as
+    the model made them. `device` None chooses one. Every Linear is audited against the folder's config.
+
+    Raises:
+        ModelError: the folder holds no bitsandbytes 4-bit checkpoint, or not the one its config describes.
+    """
+    wanted = _stored_format(folder)
+    read_tensors(folder)  # names a truncated file before transformers trips over it
+    device = device or choose_device()
+    dtype = choose_precision(precision, device)
+    # The dtype of the checkpoint is kept while loading: a dtype given here would also be put on the fp32 absmax
+    model = load_model(folder, device_map={"": device})
+    audit_quantized(model, wanted)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if not isinstance(parameter, Params4bit) and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            _set_compute_dtype(module, dtype)
+    return _ready(model)
+
+
+def load_plain(folder: Path, *, precision: str = "auto", device: str | None = None) -> PreTrainedModel:
+    """An unquantized checkpoint in the chosen precision: frozen, in eval mode, its cache off.
+
+    Raises:
+        ModelError: see `check_checkpoint`.
+    """
+    check_checkpoint(folder)
+    device = device or choose_device()
+    model = load_model(folder, dtype=choose_precision(precision, device), device_map={"": device})
+    return _ready(model.requires_grad_(False))
+
+
+def load_any(folder: Path, *, precision: str = "auto", device: str | None = None) -> PreTrainedModel:
+    """`load_quantized` or `load_plain`, whichever the folder's config asks for."""
+    load = load_quantized if is_quantized(folder) else load_plain
+    return load(folder, precision=precision, device=device)
+
+
+def _stored_format(folder: Path) -> StorageFormat:
+    """What a 4-bit folder says of itself: settings in its config, the blocksize in its report if there is one."""
+    settings = read_model_config(folder).get("quantization_config")
+    if not isinstance(settings, dict) or not settings.get("load_in_4bit"):
+        raise ModelError(f"{folder} is no bitsandbytes 4-bit checkpoint; make one with `qlora quantize SOURCE TARGET`")
+    report = folder / "quantization.json"
+    blocksize = json.loads(report.read_text(encoding="utf-8"))["blocksize"] if report.is_file() else None
+    return StorageFormat(
+        quant_type=settings["bnb_4bit_quant_type"],
+        double_quant=settings["bnb_4bit_use_double_quant"],
+        skip_modules=tuple(settings.get("llm_int8_skip_modules") or ()),
+        blocksize=blocksize,
+    )
+
+
+def _set_compute_dtype(module: Linear4bit, dtype: torch.dtype) -> None:
+    module.compute_dtype = dtype
+    module.compute_type_is_set = True
+    # The backward pass dequantizes to the state's dtype, the forward pass to the input's: they must be one
+    module.weight.quant_state.dtype = dtype
+    # On CPUs with AVX512-BF16 bitsandbytes would repack the weights in place at the first evaluation and compute in
+    # bf16 with bf16 absmax from then on (and fail on layers whose width is no multiple of 32)
+    module.support_avx512bf16_for_cpu = False
+    if blocks_cross_rows(module.weight.quant_state):
+        module.__class__ = ExactLinear4bit  # in place: names, parameters and PEFT's isinstance checks stay as they are
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    # With a cache, rows packed by position ids would see each other, and training would hold memory for nothing
+    model.config.use_cache = False
+    return model.eval()

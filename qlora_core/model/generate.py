@@ -1,0 +1,111 @@
+"""Greedy answers to prompts that are already rendered, many at a time. Knows nothing of chat templates or metrics."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_core.errors import ModelError
+from qlora_core.model.loss import batches_by_length, max_positions_of
+from qlora_core.progress import progress_bar
+
+_PADDING_ID = 0  # any valid id does: the attention mask hides it, and it must not be the stop token
+
+
+def generate_answers(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    stop_token_id: int,
+) -> list[str]:
+    """The most probable continuation of each prompt, token by token, in the order of the prompts.
+
+    Prompts hold their special tokens as text already; none is added. An answer ends before the stop token, after
+    `max_new_tokens`, or where the model's positions end; special tokens are left out of its text. Prompts are batched by
+    length and padded on the left, so that the batch size changes an answer only where two tokens tie to rounding. Sampling
+    and other settings of the base's generation_config.json are not used.
+
+    Raises:
+        ModelError: a prompt is empty, or fills the model's positions and leaves no room to answer.
+    """
+    prompt_ids = [tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] for prompt in prompts]
+    budgets = [_budget(index, ids, max_new_tokens, max_positions_of(model)) for index, ids in enumerate(prompt_ids)]
+    answers = [""] * len(prompts)
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    with progress_bar("Answering", len(prompts)) as advance, _greedy(inner, stop_token_id):
+        for batch in _batches(prompt_ids, budgets, batch_size):
+            texts = _answer(inner, tokenizer, [prompt_ids[index] for index in batch], budgets[batch[0]], stop_token_id)
+            for index, text in zip(batch, texts, strict=True):
+                answers[index] = text
+            advance(len(batch))
+    return answers
+
+
+def _budget(index: int, ids: Sequence[int], max_new_tokens: int, limit: int | None) -> int:
+    """How many tokens may follow this prompt."""
+    if not ids:
+        raise ModelError(f"prompt {index} is empty; a prompt needs at least one token")
+    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids))
+    if room < 1:
+        raise ModelError(
+            f"prompt {index} has {len(ids)} tokens and the model takes {limit}, which leaves no room for an answer; "
+            "shorten it or leave it out"
+        )
+    return room
+
+
+def _batches(prompt_ids: Sequence[Sequence[int]], budgets: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Batches by length; rows of one batch share a budget, so that none runs past the model's positions for another."""
+    for budget in sorted(set(budgets)):
+        group = [index for index, own in enumerate(budgets) if own == budget]
+        for batch in batches_by_length([len(prompt_ids[index]) for index in group], batch_size):
+            yield [group[place] for place in batch]
+
+
+def _answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop_token_id: int,
+) -> list[str]:
+    longest = max(len(ids) for ids in prompt_ids)
+    ids_BT = torch.full((len(prompt_ids), longest), _PADDING_ID, dtype=torch.long)
+    attention_BT = torch.zeros((len(prompt_ids), longest), dtype=torch.long)
+    for place, ids in enumerate(prompt_ids):
+        ids_BT[place, longest - len(ids) :] = torch.tensor(list(ids), dtype=torch.long)
+        attention_BT[place, longest - len(ids) :] = 1
+    with torch.inference_mode():
+        output_BT = model.generate(
+            input_ids=ids_BT.to(model.device),
+            attention_mask=attention_BT.to(model.device),
+            max_new_tokens=max_new_tokens,
+            use_cache=True,
+        )
+    continuations = output_BT[:, longest:].tolist()
+    return [tokenizer.decode(_until(ids, stop_token_id), skip_special_tokens=True) for ids in continuations]
+
+
+def _until(ids: list[int], stop_token_id: int) -> list[int]:
+    return ids[: ids.index(stop_token_id)] if stop_token_id in ids else ids
+
+
+@contextmanager
+def _greedy(model: PreTrainedModel, stop_token_id: int) -> Iterator[None]:
+    """The model with plain greedy settings: what a call leaves open, `generate` would take from the base's own file."""
+    own = model.generation_config
+    was_training = model.training
+    model.generation_config = GenerationConfig(
+        do_sample=False, num_beams=1, eos_token_id=stop_token_id, pad_token_id=_PADDING_ID
+    )
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        model.train(was_training)

@@ -1,0 +1,101 @@
+"""Cross-entropy of token rows under a model, summed per row. Knows nothing of texts, windows or averages.
+
+Shapes: B rows of a batch, T tokens, V vocabulary, N scored tokens of one row.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from qlora_core.errors import ModelError
+
+_PADDING_ID = 0  # any valid id does: the attention mask hides it
+
+
+class ScoredRow(Protocol):
+    """A tokenized row: `loss_mask[i]` says whether `input_ids[i]` counts when it is predicted from those before it."""
+
+    @property
+    def input_ids(self) -> Sequence[int]: ...
+
+    @property
+    def loss_mask(self) -> Sequence[bool]: ...
+
+
+def sequence_losses(
+    model: PreTrainedModel, rows: Sequence[ScoredRow], *, batch_size: int
+) -> list[tuple[float, int]]:
+    """For each row, in the given order: the sum of -ln p over its counted tokens (nats), and how many those are.
+
+    Row i gives sum over t >= 1 with loss_mask[t] of -ln p(input_ids[t] | input_ids[:t]). The first token is predicted from
+    nothing and never counts; a row without counted tokens gives (0.0, 0). Softmax is taken in float32 (or the logits' own
+    dtype if wider), sums in float64. Rows are batched by length, padded on the right and masked, so that the batch
+    size changes a result by rounding only. The model is used as it is; put it into eval mode first.
+
+    Raises:
+        ModelError: a mask and its ids differ in length, or a row is longer than the model's positions.
+    """
+    _check_rows(rows, max_positions_of(model))
+    results: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
+    counted = [index for index, row in enumerate(rows) if any(row.loss_mask[1:])]
+    for batch in batches_by_length([len(rows[index].input_ids) for index in counted], batch_size):
+        indices = [counted[place] for place in batch]
+        for index, result in zip(indices, _batch_losses(model, [rows[index] for index in indices]), strict=True):
+            results[index] = result
+    return results
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Positions in `lengths`, longest first (memory runs out at once or never), `batch_size` at a time.
+
+    Raises:
+        ValueError: batch_size is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def max_positions_of(model: PreTrainedModel) -> int | None:
+    """The longest sequence of a loaded model in tokens, or None where its config sets no limit."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _check_rows(rows: Sequence[ScoredRow], limit: int | None) -> None:
+    for index, row in enumerate(rows):
+        if len(row.input_ids) != len(row.loss_mask):
+            raise ModelError(
+                f"row {index} has {len(row.input_ids)} tokens but a loss mask of {len(row.loss_mask)}; curate again"
+            )
+        if limit is not None and len(row.input_ids) > limit:
+            raise ModelError(
+                f"row {index} has {len(row.input_ids)} tokens, the model takes {limit}; lower data.max_tokens"
+            )
+
+
+def _batch_losses(model: PreTrainedModel, rows: Sequence[ScoredRow]) -> list[tuple[float, int]]:
+    longest = max(len(row.input_ids) for row in rows)
+    ids_BT = torch.full((len(rows), longest), _PADDING_ID, dtype=torch.long)
+    attention_BT = torch.zeros((len(rows), longest), dtype=torch.long)
+    for place, row in enumerate(rows):
+        ids_BT[place, : len(row.input_ids)] = torch.tensor(list(row.input_ids), dtype=torch.long)
+        attention_BT[place, : len(row.input_ids)] = 1
+    ids_BT, attention_BT = ids_BT.to(model.device), attention_BT.to(model.device)
+    with torch.inference_mode():
+        logits_BTV = model(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits
+        return [_row_loss(logits_BTV[place], ids_BT[place], row) for place, row in enumerate(rows)]
+
+
+def _row_loss(logits_TV: torch.Tensor, ids_T: torch.Tensor, row: ScoredRow) -> tuple[float, int]:
+    places = [place for place, counts in enumerate(row.loss_mask) if counts and place > 0]
+    targets_N = torch.tensor(places, device=logits_TV.device)
+    logits_NV = logits_TV[targets_N - 1]
+    wide = torch.promote_types(logits_NV.dtype, torch.float32)
+    nats_N = cross_entropy(logits_NV.to(wide), ids_T[targets_N], reduction="none")
+    return nats_N.double().sum().item(), len(places)

@@ -1,0 +1,67 @@
+"""One job: a resolved config, its store, and the digests of what it reads from outside. Builds nothing itself."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qlora_core.config.pipeline import PipelineConfig
+from qlora_core.data.source_files import SourceFile, list_source_files
+from qlora_core.digest import digest_file, digest_files, digest_json
+from qlora_core.errors import ConfigError
+from qlora_core.pipeline.base_source import BaseModelFiles, is_demo, locate_base
+from qlora_core.store.store import Store, open_store
+
+
+class Job:
+    """A config and everything outside the store that its stages read. Nothing is read before it is asked for."""
+
+    def __init__(self, config: PipelineConfig) -> None:
+        self.config = config
+
+    @cached_property
+    def store(self) -> Store:
+        """The artifact store; local copies of remote artifacts are kept in the work folder."""
+        url = self.config.store
+        if "://" not in url:
+            url = str(self.config.path(url))
+        return open_store(url, self.config.work_dir / "cache")
+
+    @cached_property
+    def sources(self) -> list[SourceFile]:
+        """The dataset files, folders opened."""
+        return list_source_files([self.config.path(source) for source in self.config.data.sources])
+
+    @cached_property
+    def sources_digest(self) -> str:
+        """Identity of the dataset files: names within their sources, and bytes."""
+        return digest_files({source.name: source.path for source in self.sources})
+
+    @cached_property
+    def chat_template(self) -> Path | None:
+        """The configured chat template file, if any."""
+        if self.config.data.chat_template is None:
+            return None
+        path = self.config.path(self.config.data.chat_template)
+        if not path.is_file():
+            raise ConfigError(f"data.chat_template: no such file {str(path)!r}; give a Jinja file, or leave the key out")
+        return path
+
+    @cached_property
+    def chat_template_digest(self) -> str:
+        """Identity of the configured chat template, or "none"."""
+        return digest_file(self.chat_template) if self.chat_template else "none"
+
+    @cached_property
+    def external_base(self) -> BaseModelFiles | None:
+        """The base checkpoint named in the config; None for the demo model, which the first stage makes."""
+        return None if is_demo(self.config) else locate_base(self.config)
+
+    def section(self, name: str, *, without: frozenset[str] = frozenset()) -> dict[str, Any]:
+        """A config section as plain data, less the settings that cannot change a result."""
+        values = getattr(self.config, name).model_dump(mode="json")
+        return {key: value for key, value in values.items() if key not in without}
+
+    @cached_property
+    def config_digest(self) -> str:
+        """Identity of the whole resolved config."""
+        return digest_json(self.config.resolved())

@@ -1,0 +1,102 @@
+"""Running a job's stages: each upstream first, each at most once, each from the store where it is there already.
+
+Knows keys and order. It does not know what a stage computes, nor who drives it: the command line calls it directly, and
+Prefect's tasks call it one stage at a time.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_core.config.pipeline import PipelineConfig
+from qlora_core.pipeline.job import Job
+from qlora_core.pipeline.stages import STAGES
+from qlora_core.store.artifact import Artifact, StageKey
+from qlora_core.store.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What became of one stage. `seconds` is wall time, near zero for a hit."""
+
+    name: str
+    key: str
+    cached: bool
+    seconds: float
+    artifact: Artifact
+
+    def row(self) -> dict[str, Any]:
+        """The stage as the command line and Prefect report it."""
+        return {"name": self.name, "key": self.key, "cached": self.cached, "seconds": round(self.seconds, 3)}
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage before the run. `key` is None where an input has yet to be built, so that no key can be known."""
+
+    name: str
+    key: str | None
+    cached: bool
+
+
+class Pipeline:
+    """The stages of one config over its store. One instance serves one run; results are remembered in it."""
+
+    def __init__(self, config: PipelineConfig) -> None:
+        self.job = Job(config)
+        self._stages = {stage.name: stage for stage in STAGES}
+        self._results: dict[str, StageResult] = {}
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """The stages this job has, in order. The base stage exists only where the base is made on the spot."""
+        return tuple(name for name in self._stages if name != "base" or self.job.external_base is None)
+
+    def plan(self) -> list[PlannedStage]:
+        """What is stored already and what would run. Costs one manifest read a stage and builds nothing."""
+        manifests: dict[str, Manifest] = {}
+        planned: list[PlannedStage] = []
+        for name in self.stage_names:
+            stage = self._stages[name]
+            upstream = stage.upstream(self.job)
+            if any(needed not in manifests for needed in upstream):
+                planned.append(PlannedStage(name, None, cached=False))
+                continue
+            key = stage.key(self.job, {needed: manifests[needed] for needed in upstream})
+            manifest = self.job.store.find(key)
+            if manifest is not None:
+                manifests[name] = manifest
+            planned.append(PlannedStage(name, key.key, cached=manifest is not None))
+        return planned
+
+    def run(self, name: str) -> StageResult:
+        """The stage's verified artifact, built now if it is not stored; its inputs are seen to first."""
+        if name not in self._results:
+            stage = self._stages[name]
+            inputs = {needed: self.run(needed).artifact for needed in stage.upstream(self.job)}
+            key = stage.key(self.job, {needed: artifact.manifest for needed, artifact in inputs.items()})
+            self.get_or_build(name, key, lambda out: stage.build(self.job, inputs, out))
+        return self._results[name]
+
+    def get_or_build(self, name: str, key: StageKey, build: Callable[[Path], None]) -> StageResult:
+        """The artifact of `key`, timed, logged and remembered under `name`."""
+        started = time.monotonic()
+        artifact, cached = self.job.store.get_or_build(key, build)
+        seconds = time.monotonic() - started
+        logger.info("%s: %s in %.1f s (%s)", name, "cached" if cached else "done", seconds, key.key[:12])
+        self._results[name] = StageResult(name, key.key, cached, seconds, artifact)
+        return self._results[name]
+
+    def results(self) -> list[StageResult]:
+        """The stages run so far, in the order they ended."""
+        return list(self._results.values())
+
+    def document(self, stage: str, file: str) -> dict[str, Any]:
+        """A JSON document of a stage that has run, such as `document("sweep", "sweep.json")`."""
+        return json.loads((self.run(stage).artifact.path / file).read_text(encoding="utf-8"))

@@ -1,0 +1,161 @@
+"""The end of a job: decide against the champion, write the report, register, move the aliases.
+
+Unlike the stages before, what is decided here depends on the registry's champion of the moment. So the decision's key
+holds the champion it was made against, and MLflow itself is asked whether this very candidate was registered before.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qlora_core.digest import digest_json
+from qlora_core.pipeline.pipeline import Pipeline, StageResult
+from qlora_core.pipeline.stages import lineage
+from qlora_core.registry.champion import Champion
+from qlora_core.store.artifact import Artifact, StageKey
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The decision as stored: `decision` has "verdict", "reasons", "champion" (version or null) and the comparison."""
+
+    result: StageResult
+    decision: dict[str, Any]
+    report: Path
+
+
+class Promotion:
+    """Gate and registration of a pipeline's best adapter."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self.job = pipeline.job
+
+    @cached_property
+    def run_key(self) -> str:
+        """Identity of this candidate and the policy it is held against: one registration each."""
+        evaluated = self.pipeline.run("evaluate").artifact
+        return digest_json({"evaluation": evaluated.digest, "gate": self.job.section("gate")})
+
+    @cached_property
+    def registered(self) -> dict[str, Any] | None:
+        """The registration of this very candidate, if there is one."""
+        from qlora_core.registry.versions import find_registration
+
+        config = self.job.config
+        return find_registration(config.tracking_uri, config.registry.model_name, self.run_key)
+
+    @cached_property
+    def champion(self) -> Champion | None:
+        """The present champion, its files fetched and verified."""
+        from qlora_core.registry.champion import current_champion
+
+        config = self.job.config
+        return current_champion(config.tracking_uri, config.registry.model_name, config.work_dir / "champions")
+
+    def gate(self) -> Gate:
+        """The decision and the report, made now or read back."""
+        if self.registered is not None:
+            against = self.registered["compared_with"]
+        else:
+            against = self.champion.adapter_sha256 if self.champion else "none"
+        inputs = {name: self.pipeline.run(name).artifact for name in ("curate", "quantize", "sweep", "evaluate")}
+        digests = {name: artifact.digest for name, artifact in inputs.items()} | {"champion": against}
+        key = StageKey("gate", "1", self.job.section("gate"), digests)
+        result = self.pipeline.get_or_build("gate", key, lambda out: self._decide(inputs, out))
+        decision = json.loads((result.artifact.path / "decision.json").read_text(encoding="utf-8"))
+        return Gate(result, decision, result.artifact.path / "report.html")
+
+    def _decide(self, inputs: Mapping[str, Artifact], out: Path) -> None:
+        from qlora_core.registry.gate import decide
+        from qlora_core.report.report import write_report
+
+        evaluation = _read(inputs["evaluate"], "evaluation.json")
+        comparison = self._against_champion(inputs) if self.champion else None
+        verdict = decide(evaluation, comparison, self.job.config.gate)
+        decision = {
+            "verdict": verdict.verdict,
+            "reasons": list(verdict.reasons),
+            "champion": self.champion.version if self.champion else None,
+            "compared_with": self.champion.adapter_sha256 if self.champion else "none",
+            "comparison": comparison,
+        }
+        (out / "decision.json").write_text(json.dumps(decision, indent=1, allow_nan=False), encoding="utf-8")
+        write_report(
+            out / "report.html",
+            config=self.job.config.resolved(),
+            curation=_read(inputs["curate"], "curation.json"),
+            quantization=_read(inputs["quantize"], "quantization.json"),
+            sweep=_read(inputs["sweep"], "sweep.json"),
+            evaluation=evaluation,
+            decision=decision,
+            curated_folder=inputs["curate"].path,
+            evaluation_folder=inputs["evaluate"].path,
+        )
+
+    def _against_champion(self, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+        """The candidate beside the champion on the same held-out rows, or why they cannot be compared."""
+        champion = self.champion
+        assert champion is not None
+        quantized = inputs["quantize"]
+        if champion.quantized_base_digest != quantized.digest:
+            return {
+                "version": champion.version,
+                "incomparable": f"champion version {champion.version} was trained on another quantized base "
+                f"({champion.quantized_base_digest[:12]}) than this one ({quantized.digest[:12]})",
+            }
+        from qlora_core.evaluation.evaluate import compare_adapters
+
+        compared = compare_adapters(
+            self.job.config.evaluate,
+            quantized.path,
+            reference_folder=champion.folder,
+            evaluation_folder=inputs["evaluate"].path,
+            curated_folder=inputs["curate"].path,
+            precision=self.job.config.train.precision,
+        )
+        return {"version": champion.version, **compared}
+
+    def register(self) -> tuple[dict[str, Any], bool]:
+        """The registration, and whether it was there before. Aliases move only after the clean-process check."""
+        if self.registered is not None:
+            return self.registered, True
+        from qlora_core.registry.register import RegistrationRequest, register_run
+
+        gate = self.gate()
+        config = self.job.config
+        inputs = {name: self.pipeline.run(name).artifact for name in ("curate", "quantize", "sweep", "evaluate")}
+        request = RegistrationRequest(
+            tracking_uri=config.tracking_uri,
+            model_name=config.registry.model_name,
+            experiment=config.registry.experiment,
+            work_dir=config.work_dir,
+            config=config.resolved(),
+            sweep_folder=inputs["sweep"].path,
+            evaluation_folder=inputs["evaluate"].path,
+            quantized_folder=inputs["quantize"].path,
+            report=gate.report,
+            decision=gate.decision,
+            lineage={
+                **lineage(self.job, inputs),
+                "base_model": config.base.model,
+                "config_digest": self.job.config_digest,
+            },
+            run_key=self.run_key,
+        )
+        out = config.work_dir / "registrations" / self.run_key[:16]
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        return register_run(request, out), False
+
+    def row(self, *, cached: bool, seconds: float) -> dict[str, Any]:
+        """The registration as a stage, the way the command line and Prefect report stages."""
+        return {"name": "register", "key": self.run_key, "cached": cached, "seconds": round(seconds, 3)}
+
+
+def _read(artifact: Artifact, file: str) -> dict[str, Any]:
+    return json.loads((artifact.path / file).read_text(encoding="utf-8"))

@@ -1,0 +1,118 @@
+"""One `qlora run` on record: its id, its resolved config, its summary and its report, in a folder of its own.
+
+Knows what a run's result looks like to people and scripts. It does not run stages.
+"""
+
+import json
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from qlora_core.config.load import parse_config
+from qlora_core.config.pipeline import PipelineConfig
+from qlora_core.pipeline.pipeline import Pipeline
+from qlora_core.pipeline.promotion import Promotion
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run's id and config. `folder` holds config.json from the start and summary.json and report.html at the end."""
+
+    run_id: str
+    config: PipelineConfig
+
+    @classmethod
+    def start(cls, config: PipelineConfig) -> "RunRecord":
+        """Give the run an id and save the resolved config; the store is checked first, so that nothing is half-begun."""
+        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        record = cls(f"{stamp}-{secrets.token_hex(3)}", config)
+        Pipeline(config).job.store.check()
+        record.folder.mkdir(parents=True)
+        document = json.dumps(config.resolved(), indent=1, ensure_ascii=False)
+        (record.folder / "config.json").write_text(document, encoding="utf-8")
+        return record
+
+    @property
+    def folder(self) -> Path:
+        """Where this run's files are."""
+        return self.config.work_dir / "runs" / self.run_id
+
+    def spec(self) -> dict[str, Any]:
+        """The run as plain JSON data, for what crosses process and service boundaries."""
+        return {"run_id": self.run_id, "folder": str(self.config.folder), "config": self.config.resolved()}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> "RunRecord":
+        """The run that `spec` described."""
+        return cls(spec["run_id"], parse_config(dict(spec["config"]), folder=Path(spec["folder"])))
+
+    def summary(self, promotion: Promotion, stages: list[dict[str, Any]]) -> dict[str, Any]:
+        """The result of a run whose stages have all run, saved beside its config; `stages` are their rows in order."""
+        pipeline = promotion.pipeline
+        gate = promotion.gate()
+        swept = pipeline.document("sweep", "sweep.json")
+        evaluation = pipeline.document("evaluate", "evaluation.json")
+        registration, _ = promotion.register()
+        summary = {
+            "run_id": self.run_id,
+            "stages": stages,
+            "trials": trial_rows(swept),
+            "best": swept["best"],
+            "metrics": evaluation["metrics"],
+            "headline": headline(evaluation),
+            "verdict": gate.decision["verdict"],
+            "reasons": gate.decision["reasons"],
+            "model_version": registration["version"],
+            "report": str(shutil.copy(gate.report, self.folder / "report.html")),
+        }
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
+        return summary
+
+
+def finished_before(config: PipelineConfig) -> dict[str, Any] | None:
+    """The summary, on record as a run of its own, if every stage is stored and the candidate registered; else None."""
+    pipeline = Pipeline(config)
+    if not all(stage.cached for stage in pipeline.plan()):
+        return None
+    promotion = Promotion(pipeline)
+    if promotion.registered is None:
+        return None
+    promotion.gate()
+    rows = [result.row() for result in pipeline.results()]
+    return RunRecord.start(config).summary(promotion, [*rows, promotion.row(cached=True, seconds=0.0)])
+
+
+def trial_rows(swept: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The trials as commands report them: without their curves."""
+    return [{key: trial[key] for key in _TRIAL_KEYS} for trial in swept["trials"]]
+
+
+_TRIAL_KEYS = ("id", "params", "state", "loss", "steps", "seconds", "error")
+
+
+def headline(evaluation: Mapping[str, Any]) -> list[str]:
+    """What was measured, one sentence a measure, with its interval."""
+    metrics = evaluation["metrics"]
+    heldout = metrics["heldout"]
+    lines = [
+        f"held-out loss: base {heldout['base_loss']:.4f}, adapter {heldout['adapter_loss']:.4f}; gain "
+        f"{heldout['gain']:.4f} [{heldout['gain_low']:.4f}, {heldout['gain_high']:.4f}] over {heldout['rows']} rows"
+    ]
+    exact = metrics["exact_match"]
+    if exact is not None:
+        lines.append(
+            f"exact match: base {exact['base']:.1%}, adapter {exact['adapter']:.1%}; difference "
+            f"{exact['difference']:+.1%} [{exact['low']:+.1%}, {exact['high']:+.1%}] over {exact['prompts']} prompts"
+        )
+    judge = metrics["judge"]
+    if judge is not None and judge["win_rate"] is not None:
+        label = "certified" if judge["certified"] else "uncertified"
+        lines.append(
+            f"judge ({judge['kind']}, {label}): adapter wins {judge['win_rate']:.1%} "
+            f"[{judge['low']:.1%}, {judge['high']:.1%}]; {judge['scored']} scored, {judge['unscored']} unscored"
+        )
+    return lines

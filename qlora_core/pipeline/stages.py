@@ -1,0 +1,163 @@
+"""The stages that end in the artifact store: for each, what its key is made of and which function builds it.
+
+A key holds the stage's name and code version, the settings that can change its result, and the digests of its inputs:
+nothing of paths, times, workers or logs. Raise a stage's `version` whenever its code would give another result.
+Heavy imports stand inside the builders, so that keys can be computed without torch.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_core.digest import digest_files, digest_json
+from qlora_core.pipeline.base_source import BaseModelFiles, is_demo
+from qlora_core.pipeline.job import Job
+from qlora_core.quantization.checkpoint import tokenizer_files
+from qlora_core.store.artifact import Artifact, StageKey
+from qlora_core.store.manifest import Manifest
+
+Inputs = Mapping[str, Artifact]
+Manifests = Mapping[str, Manifest]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: `key` from its inputs' manifests, `build` from its inputs' files into an empty folder."""
+
+    name: str
+    upstream: Callable[[Job], tuple[str, ...]]
+    key: Callable[[Job, Manifests], StageKey]
+    build: Callable[[Job, Inputs, Path], None]
+
+
+def _base_key(job: Job, inputs: Manifests) -> StageKey:
+    return StageKey("base", "1", {"seed": 0}, {})
+
+
+def _build_base(job: Job, inputs: Inputs, out: Path) -> None:
+    from qlora_core.demo.base import build_demo_base
+
+    build_demo_base(out)
+
+
+def _upstream_of_base_users(job: Job) -> tuple[str, ...]:
+    return ("base",) if is_demo(job.config) else ()
+
+
+def base_files(job: Job, inputs: Inputs) -> BaseModelFiles:
+    """The base checkpoint: the configured one, or the demo model made by the stage before."""
+    return job.external_base or BaseModelFiles(inputs["base"].path)
+
+
+def _curate_key(job: Job, inputs: Manifests) -> StageKey:
+    base = job.external_base
+    if base is None:
+        files = {name: entry.sha256 for name, entry in inputs["base"].files.items() if "safetensors" not in name}
+        tokenizer = digest_json({name: sha256 for name, sha256 in files.items() if name != "generation_config.json"})
+    else:
+        tokenizer = digest_files({**tokenizer_files(base.folder), "config.json": base.folder / "config.json"})
+    settings = job.section("data", without=frozenset({"sources", "chat_template", "max_quarantined_share"}))
+    digests = {"sources": job.sources_digest, "tokenizer": tokenizer, "chat_template": job.chat_template_digest}
+    return StageKey("curate", "1", settings, digests)
+
+
+def _build_curate(job: Job, inputs: Inputs, out: Path) -> None:
+    from qlora_core.data.curate import curate
+
+    base = base_files(job, inputs)
+    sources = [job.config.path(source) for source in job.config.data.sources]
+    curate(job.config.data, sources, base.folder, base.max_positions, out, job.chat_template)
+
+
+def _quantize_key(job: Job, inputs: Manifests) -> StageKey:
+    base = job.external_base
+    digest = inputs["base"].digest if base is None else base.digest
+    return StageKey("quantize", "1", job.section("quantize"), {"base": digest})
+
+
+def _build_quantize(job: Job, inputs: Inputs, out: Path) -> None:
+    from qlora_core.quantization.quantize import quantize_checkpoint
+
+    quantize_checkpoint(base_files(job, inputs).folder, out, job.config.quantize)
+
+
+def _sweep_key(job: Job, inputs: Manifests) -> StageKey:
+    settings = {
+        "train": job.section("train", without=frozenset({"checkpoint_every_steps"})),
+        "sweep": job.section("sweep", without=frozenset({"max_attempts"})),
+    }
+    return StageKey("sweep", "1", settings, {name: inputs[name].digest for name in ("curate", "quantize")})
+
+
+def _build_sweep(job: Job, inputs: Inputs, out: Path) -> None:
+    from qlora_core.sweep.run import SweepWork, run_sweep
+
+    key = _sweep_key(job, {name: artifact.manifest for name, artifact in inputs.items()}).key
+    work = SweepWork(
+        quantized_folder=inputs["quantize"].path,
+        curated_folder=inputs["curate"].path,
+        # Named by the key: an interrupted sweep is found again by the same job and by no other.
+        work_dir=job.config.work_dir / "sweeps" / key[:16],
+        lineage=lineage(job, inputs),
+    )
+    run_sweep(job.config.sweep, job.config.train, job.config.compute, work, out)
+
+
+def judge_kind(job: Job) -> str:
+    """Which judge `auto` means here: the endpoint when its key is in the environment, else the offline one."""
+    kind = job.config.evaluate.judge.kind
+    if kind != "auto":
+        return kind
+    return "openai" if os.environ.get("OPENAI_API_KEY") else "offline"
+
+
+def _evaluate_key(job: Job, inputs: Manifests) -> StageKey:
+    settings = job.section("evaluate", without=frozenset({"batch_size", "judge"}))
+    judge: dict[str, Any] = {"kind": judge_kind(job)}
+    if judge["kind"] == "openai":
+        how_only = {"timeout_s", "max_retries", "input_usd_per_million", "output_usd_per_million", "kind"}
+        settings_of_judge = job.config.evaluate.judge.model_dump(mode="json")
+        judge |= {name: value for name, value in settings_of_judge.items() if name not in how_only}
+    settings["judge"] = judge
+    digests = {name: inputs[name].digest for name in ("curate", "quantize", "sweep")}
+    return StageKey("evaluate", "1", settings, digests)
+
+
+def _build_evaluate(job: Job, inputs: Inputs, out: Path) -> None:
+    from qlora_core.evaluation.evaluate import evaluate_adapter
+
+    judge = job.config.evaluate.judge.model_copy(update={"kind": judge_kind(job)})
+    evaluate_adapter(
+        job.config.evaluate.model_copy(update={"judge": judge}),
+        inputs["quantize"].path,
+        inputs["sweep"].path / "adapter",
+        inputs["curate"].path,
+        out,
+        precision=job.config.train.precision,
+        verdict_cache=job.config.work_dir / "verdicts.db",
+        lineage=lineage(job, inputs),
+    )
+
+
+def lineage(job: Job, inputs: Inputs) -> dict[str, str]:
+    """The digests an adapter is bound to: what it was made from, by content."""
+    import json
+
+    curation = json.loads((inputs["curate"].path / "curation.json").read_text())
+    return {
+        "base_revision": job.config.base.revision or "none",
+        "quantized_base_digest": inputs["quantize"].digest,
+        "data_digest": curation["digest"],
+        "chat_template_origin": curation["chat_template"]["origin"],
+    }
+
+
+STAGES = (
+    Stage("base", lambda job: (), _base_key, _build_base),
+    Stage("curate", _upstream_of_base_users, _curate_key, _build_curate),
+    Stage("quantize", _upstream_of_base_users, _quantize_key, _build_quantize),
+    Stage("sweep", lambda job: ("curate", "quantize"), _sweep_key, _build_sweep),
+    Stage("evaluate", lambda job: ("curate", "quantize", "sweep"), _evaluate_key, _build_evaluate),
+)

@@ -1,0 +1,113 @@
+"""What a promotion was decided on, kept with the version so that it can be decided again and no edit goes unnoticed.
+
+One JSON file on the version's run, its digest in a tag on the version. Knows nothing of how the figures were measured.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from qlora_core.config.gate import GateConfig
+from qlora_core.digest import digest_json
+from qlora_core.errors import RegistryError
+from qlora_core.registry.connection import registry_errors
+from qlora_core.registry.gate import Decision, decide
+from qlora_core.registry.versions import ADAPTER_TAG, RegisteredVersion, set_version_tag
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EVIDENCE_TAG = "evidence_sha256"
+VERDICT_TAG = "verdict"
+
+
+def evidence_for(
+    version: RegisteredVersion,
+    *,
+    evaluation: Mapping[str, Any],
+    champion: Mapping[str, Any] | None,
+    policy: GateConfig,
+    decision: Decision,
+) -> dict[str, Any]:
+    """The evidence of one version as JSON data. Figures that are not finite become null, which no gate accepts."""
+    return _finite(
+        {
+            "schema_version": 1,
+            "model_name": version.name,
+            "version": version.version,
+            ADAPTER_TAG: version.tag(ADAPTER_TAG),
+            "evaluation": dict(evaluation),
+            "champion": dict(champion) if champion is not None else None,
+            "policy": policy.model_dump(mode="json"),
+            "decision": {"verdict": decision.verdict, "reasons": list(decision.reasons)},
+        }
+    )
+
+
+def write_evidence(client: "MlflowClient", version: RegisteredVersion, evidence: Mapping[str, Any]) -> None:
+    """Keep the evidence with its version: file first, then the digest that vouches for it, then the verdict."""
+    with registry_errors(f"storing the evidence of version {version.version} of {version.name!r}"):
+        client.log_dict(version.run_id, dict(evidence), _path(version))
+    set_version_tag(client, version, EVIDENCE_TAG, digest_json(evidence))
+    set_version_tag(client, version, VERDICT_TAG, evidence["decision"]["verdict"])
+
+
+def read_evidence(client: "MlflowClient", version: RegisteredVersion) -> dict[str, Any]:
+    """The evidence of a version, verified: unedited, and about this very adapter. RegistryError otherwise."""
+    expected = version.tag(EVIDENCE_TAG)
+    with tempfile.TemporaryDirectory(prefix="evidence-") as folder:
+        with registry_errors(f"reading the evidence of version {version.version} of {version.name!r}"):
+            path = Path(client.download_artifacts(version.run_id, _path(version), folder))
+        try:
+            evidence = json.loads(path.read_bytes())
+            found = digest_json(evidence)
+        except ValueError as error:
+            raise RegistryError(
+                f"{_named(version)} is not JSON any more ({error}); evaluate and register again"
+            ) from error
+    if found != expected:
+        raise RegistryError(
+            f"{_named(version)} was changed after the decision (digest {found}, recorded {expected}); "
+            "evaluate and register again"
+        )
+    if evidence[ADAPTER_TAG] != version.tag(ADAPTER_TAG) or evidence["version"] != version.version:
+        raise RegistryError(f"{_named(version)} is about another adapter; evaluate and register this one")
+    return evidence
+
+
+def decide_again(evidence: Mapping[str, Any]) -> Decision:
+    """The gate's decision on recorded evidence under its recorded policy; RegistryError for an unknown policy."""
+    try:
+        policy = GateConfig.model_validate(evidence["policy"])
+    except ValidationError as error:
+        raise RegistryError(
+            f"the recorded gate policy is not one this version knows: {error}; evaluate again"
+        ) from error
+    return decide(evidence["evaluation"], evidence["champion"], policy)
+
+
+def compared_champion(champion: Mapping[str, Any] | None) -> str | None:
+    """The champion version that a comparison was made against; None where the base was."""
+    version = champion.get("version") if champion is not None else None
+    return None if version is None else str(version)
+
+
+def _named(version: RegisteredVersion) -> str:
+    return f"the evidence of version {version.version} of {version.name!r}"
+
+
+def _path(version: RegisteredVersion) -> str:
+    return f"evidence/version-{version.version}.json"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

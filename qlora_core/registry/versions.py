@@ -1,0 +1,152 @@
+"""Adapter folders as registered model versions, and back again, byte for byte.
+
+A version is plain files (safetensors, JSON, text) without any MLflow flavor: loading a flavor runs code chosen by
+whoever wrote it. Knows nothing of aliases, the gate, or how an adapter is attached to a model.
+"""
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_core.digest import digest_json
+from qlora_core.errors import RegistryError
+from qlora_core.registry.adapter_files import adapter_sha256
+from qlora_core.registry.connection import registry_errors
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+ADAPTER_TAG = "adapter_sha256"
+BASE_TAG = "quantized_base_digest"
+IDEMPOTENCY_TAG = "idempotency_key"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where an adapter comes from. Digests are SHA-256, 64 hex digits; every field is tagged on the version."""
+
+    base_model: str
+    base_revision: str
+    quantized_base_digest: str
+    data_digest: str
+    config_digest: str
+
+    def tags(self) -> dict[str, str]:
+        """The fields as tags, under their own names."""
+        return {
+            "base_model": self.base_model,
+            "base_revision": self.base_revision,
+            BASE_TAG: self.quantized_base_digest,
+            "data_digest": self.data_digest,
+            "config_digest": self.config_digest,
+        }
+
+
+@dataclass(frozen=True)
+class RegisteredVersion:
+    """A model version as registered. `version` is MLflow's number as text, whatever type the backend returns."""
+
+    name: str
+    version: str
+    run_id: str
+    tags: Mapping[str, str]
+    aliases: tuple[str, ...]
+
+    def tag(self, key: str) -> str:
+        """A tag that must be there; RegistryError when this version was registered by something else."""
+        if key not in self.tags:
+            raise RegistryError(
+                f"version {self.version} of {self.name!r} has no tag {key!r}, so this pipeline did not register it; "
+                "register the adapter with `qlora run`, or name another version"
+            )
+        return self.tags[key]
+
+
+def register_adapter(
+    client: "MlflowClient", model_name: str, folder: Path, *, run_id: str, run_key: str, lineage: Lineage
+) -> RegisteredVersion:
+    """Register an adapter folder as a version of `model_name`; one adapter of one `run_key` gives one version.
+
+    Hold the registry's lock around it: MLflow itself counts every retry as a new version. Raises RegistryError, before
+    anything is written, for a folder with files that may not be registered.
+    """
+    sha256 = adapter_sha256(folder)
+    key = digest_json({"run_key": run_key, ADAPTER_TAG: sha256})
+    with registry_errors(f"registering an adapter as {model_name!r}"):
+        _ensure_model(client, model_name)
+        found = client.search_model_versions(f"name = '{model_name}' and tags.{IDEMPOTENCY_TAG} = '{key}'")
+        if found:
+            _log.info("Adapter %s is version %s of %s already", sha256[:12], found[0].version, model_name)
+            return get_version(client, model_name, str(found[0].version))
+        experiment_id = client.get_run(run_id).info.experiment_id
+        tags = {**lineage.tags(), ADAPTER_TAG: sha256, IDEMPOTENCY_TAG: key}
+        model = client.create_logged_model(
+            experiment_id, name="adapter", source_run_id=run_id, model_type="peft-adapter", tags=tags
+        )
+        client.log_model_artifacts(model.model_id, str(folder))
+        model = client.finalize_logged_model(model.model_id, "READY")
+        version = client.create_model_version(
+            model_name, source=model.artifact_location, run_id=run_id, model_id=model.model_id, tags=tags
+        )
+    return get_version(client, model_name, str(version.version))
+
+
+def get_version(client: "MlflowClient", model_name: str, version: str) -> RegisteredVersion:
+    """A version by number; RegistryError when there is none."""
+    with registry_errors(f"reading version {version} of {model_name!r}"):
+        found: Any = client.get_model_version(model_name, version)
+    return RegisteredVersion(
+        model_name, str(found.version), str(found.run_id), dict(found.tags), tuple(sorted(found.aliases))
+    )
+
+
+def set_version_tag(client: "MlflowClient", version: RegisteredVersion, key: str, value: str) -> None:
+    """Add or replace one tag of a version."""
+    with registry_errors(f"tagging version {version.version} of {version.name!r}"):
+        client.set_model_version_tag(version.name, version.version, key, value)
+
+
+def download_version(client: "MlflowClient", version: RegisteredVersion, folder: Path) -> Path:
+    """The version's files in a new folder under `folder`, verified against the digest it was registered with.
+
+    MLflow serves overwritten files without a word; here they raise RegistryError.
+    """
+    import mlflow.artifacts
+
+    expected = version.tag(ADAPTER_TAG)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = tempfile.mkdtemp(prefix="download-", dir=folder)
+    with registry_errors(f"downloading version {version.version} of {version.name!r}"):
+        source = client.get_model_version_download_uri(version.name, version.version)
+        local = Path(
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=source, dst_path=target, tracking_uri=client.tracking_uri, registry_uri=client.tracking_uri
+            )
+        )
+    verify_adapter(local, expected, f"version {version.version} of {version.name!r}")
+    return local
+
+
+def verify_adapter(folder: Path, expected: str, name: str) -> None:
+    """RegistryError unless the folder's bytes are those with digest `expected`."""
+    found = adapter_sha256(folder)
+    if found != expected:
+        raise RegistryError(
+            f"{name} does not hold the adapter it was registered with: its files have digest {found}, its tag "
+            f"{ADAPTER_TAG} says {expected}; do not serve it: register the adapter again, or roll back"
+        )
+
+
+def _ensure_model(client: "MlflowClient", model_name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(model_name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise

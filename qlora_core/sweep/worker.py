@@ -1,0 +1,109 @@
+"""One worker of a sweep: loads the quantized base once, then trains segment after segment. Knows no Ray and no rungs.
+
+What crosses its methods is JSON data and paths, never a model or a tensor. Heavy imports stand inside the methods: the
+driver names this class to start workers, and must not pay for torch itself.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_core.config.train import TrainConfig
+from qlora_core.sweep.lock import exclusive_lock
+
+if TYPE_CHECKING:
+    from qlora_core.data.dataset import TokenRow
+    from qlora_core.training.trainer import Trainer
+    from qlora_core.training.trial import Trial
+
+_LEFT_BEHIND_S = 60.0
+"""How long a worker of an ended driver may still take to die before its trial is someone else's."""
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class SweepWorker:
+    """Trains trials of one sweep over one base. Used from two threads: `run` and `export` in one, `stop` in another."""
+
+    def __init__(self, quantized_folder: str, curated_folder: str, trials_dir: str, precision: str) -> None:
+        self._quantized_folder = Path(quantized_folder)
+        self._curated_folder = Path(curated_folder)
+        self._trials_dir = Path(trials_dir)
+        self._precision = precision
+        self._stop = threading.Event()
+        self._trainer: Trainer | None = None
+        self._rows: dict[str, list[TokenRow]] = {}
+
+    def load(self) -> dict[str, Any]:
+        """Load the base and the curated splits; returns where: `device` and `pid`."""
+        import torch
+
+        from qlora_core.data.dataset import read_split
+        from qlora_core.model.base import choose_device
+
+        device = choose_device()
+        if device == "cpu":
+            # One core per worker: threads of several workers on the same cores slow each other down many times over.
+            torch.set_num_threads(1)
+        self._rows = {split: read_split(self._curated_folder, split) for split in ("train", "validation")}
+        self._load_base(self._precision)
+        return {"device": device, "pid": os.getpid()}
+
+    def run(self, trial: Mapping[str, Any], until_step: int) -> dict[str, Any]:
+        """Train a trial ({"id", "params"}) from its newest checkpoint up to `until_step`.
+
+        Returns the fields of TrialProgress, with `seconds` of this segment alone. Ends early, marked `interrupted`,
+        after `stop`. Raises what the trainer raises, and SweepError when another process still trains this trial.
+        """
+        started = time.monotonic()
+        order = self._order(trial)
+        with self._owned(order.id):
+            (progress,) = self._trainer_for(order.params).run([order], until_step, should_stop=self._stop.is_set)
+        return {**asdict(progress), "seconds": time.monotonic() - started}
+
+    def export(self, trial: Mapping[str, Any], out: str) -> dict[str, Any]:
+        """Write the trial's adapter as a PEFT folder; returns the compute `precision` it was trained in."""
+        from qlora_core.model.base import choose_device, choose_precision
+
+        order = self._order(trial)
+        with self._owned(order.id):
+            self._trainer_for(order.params).export(order, Path(out))
+        dtype = choose_precision(order.params.precision, choose_device())
+        return {"precision": str(dtype).removeprefix("torch.")}
+
+    def stop(self) -> None:
+        """Ask a running segment to write its checkpoint and end."""
+        self._stop.set()
+
+    def _owned(self, trial_id: str) -> Any:
+        # A worker whose driver was killed may live a moment longer: two writers must never share a checkpoint folder.
+        lock = self._trials_dir / f"{trial_id}.lock"
+        return exclusive_lock(lock, purpose=f"trial {trial_id} is being trained elsewhere", wait_s=_LEFT_BEHIND_S)
+
+    def _order(self, trial: Mapping[str, Any]) -> "Trial":
+        from qlora_core.training.trial import Trial
+
+        return Trial(trial["id"], TrainConfig(**trial["params"]))
+
+    def _trainer_for(self, params: TrainConfig) -> "Trainer":
+        if self._trainer is None or params.precision != self._precision:
+            self._load_base(params.precision)
+        if self._trainer is None:
+            raise RuntimeError("the base was loaded and yet there is no trainer")
+        return self._trainer
+
+    def _load_base(self, precision: str) -> None:
+        from qlora_core.model.base import load_quantized
+        from qlora_core.training.trainer import Trainer
+
+        # Let go of the old base first: two do not fit where one does.
+        self._trainer = None
+        base = load_quantized(self._quantized_folder, precision=precision)
+        self._trainer = Trainer(base, self._rows["train"], self._rows["validation"], self._trials_dir)
+        self._precision = precision
+        _LOGGER.info("base loaded from %s in %s", self._quantized_folder, precision)

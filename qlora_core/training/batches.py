@@ -1,0 +1,103 @@
+"""Which rows make up each step, and how rows become padded tensors.
+
+The order is a pure function of (seed, step): a resume needs no position but the step. Knows nothing of models or losses.
+Shapes: B rows of a micro-batch, T positions of its longest row.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qlora_core.data.dataset import TokenRow
+
+IGNORE_INDEX = -100
+# Rows are sorted by length within pools of this many batches: short enough to keep the order random, long enough that
+# a batch holds rows of nearly one length.
+POOL_BATCHES = 50
+
+
+class BatchOrder:
+    """The rows of every optimizer step: each epoch visits each row once, in an order drawn from (seed, epoch).
+
+    With `group_by_length`, shuffled rows are sorted by token count within pools of 50 batches, cut into batches, and
+    the batches shuffled again. The epoch's last batch may be smaller; no row is left out. Within a batch, rows go from
+    long to short, so that its micro-batches pad little; the batch is what one step sums over, so this changes nothing
+    but rounding.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_rows: int, *, seed: int, group_by_length: bool) -> None:
+        self._lengths = list(lengths)
+        self._batch_rows = batch_rows
+        self._seed = seed
+        self._group_by_length = group_by_length
+        self._epoch: tuple[int, list[list[int]]] | None = None
+        self.steps_per_epoch = -(-len(self._lengths) // batch_rows)
+
+    def batch(self, step: int) -> list[int]:
+        """Indices of the rows of the step taken after `step` steps."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, self._draw(epoch))
+        return self._epoch[1][position]
+
+    def _draw(self, epoch: int) -> list[list[int]]:
+        generator = random.Random(f"order/{self._seed}/{epoch}")
+        order = list(range(len(self._lengths)))
+        generator.shuffle(order)
+        pool_rows = POOL_BATCHES * self._batch_rows
+        if self._group_by_length:
+            pools = [order[start : start + pool_rows] for start in range(0, len(order), pool_rows)]
+            order = [row for pool in pools for row in self._long_first(pool)]
+        starts = range(0, len(order), self._batch_rows)
+        batches = [self._long_first(order[start : start + self._batch_rows]) for start in starts]
+        if self._group_by_length:
+            generator.shuffle(batches)
+        return batches
+
+    def _long_first(self, rows: list[int]) -> list[int]:
+        return sorted(rows, key=lambda row: -self._lengths[row])
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward pass, padded on the right to the longest of them.
+
+    `labels_BT[b, t]` is the token that position t must predict, that is token t + 1 of the row where the loss mask
+    trains it, else IGNORE_INDEX; a row's first token is never a label. `trained_tokens` counts the labels.
+    """
+
+    row_ids: tuple[str, ...]
+    input_ids_BT: torch.Tensor
+    attention_mask_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    trained_tokens: int
+
+
+def trained_tokens(row: TokenRow) -> int:
+    """How many tokens of a row are labels: the first one has nothing before it to predict it from."""
+    return sum(row.loss_mask[1:])
+
+
+def collate(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
+    """Rows as one padded micro-batch on `device`. Padding is token 0, masked everywhere; at least one row is needed."""
+    longest = max(len(row.input_ids) for row in rows)
+    ids, mask, labels = [], [], []
+    for row in rows:
+        length = len(row.input_ids)
+        padding = longest - length
+        ids.append(list(row.input_ids) + [0] * padding)
+        mask.append([1] * length + [0] * padding)
+        shifted = [
+            token if trained else IGNORE_INDEX
+            for token, trained in zip(row.input_ids[1:], row.loss_mask[1:], strict=True)
+        ]
+        labels.append(shifted + [IGNORE_INDEX] * (padding + 1))
+    return MicroBatch(
+        row_ids=tuple(row.id for row in rows),
+        input_ids_BT=torch.tensor(ids, dtype=torch.long, device=device),
+        attention_mask_BT=torch.tensor(mask, dtype=torch.long, device=device),
+        labels_BT=torch.tensor(labels, dtype=torch.long, device=device),
+        trained_tokens=sum(trained_tokens(row) for row in rows),
+    )

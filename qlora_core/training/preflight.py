@@ -1,0 +1,90 @@
+"""Refuses what cannot be trained before a step is taken, and identifies data and base for checkpoints.
+
+Knows nothing of trials.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from qlora_core.data.dataset import TokenRow
+from qlora_core.digest import digest_json
+from qlora_core.errors import TrainingError
+from qlora_core.training.batches import trained_tokens
+
+logger = logging.getLogger(__name__)
+
+_FINGERPRINT_BYTES = 1 << 16
+
+
+def trainable_rows(rows: Sequence[TokenRow], split: str) -> list[TokenRow]:
+    """The rows that have at least one trained token, in order; how many were left out is logged.
+
+    Raises:
+        TrainingError: there are no rows, or every row's labels are all masked.
+    """
+    if not rows:
+        raise TrainingError(f"the {split} split has 0 rows; curate more data or change the split's shares")
+    kept = [row for row in rows if trained_tokens(row) > 0]
+    if not kept:
+        raise TrainingError(
+            f"all labels are masked in all {len(rows)} rows of the {split} split (first: {rows[0].id!r}); at least one "
+            "assistant token must be trained: check the chat template and data.max_tokens"
+        )
+    if len(kept) < len(rows):
+        left_out = [row.id for row in rows if trained_tokens(row) == 0]
+        logger.warning(
+            "%d of %d %s rows have no trained token and are left out, first %s",
+            len(left_out),
+            len(rows),
+            split,
+            left_out[:3],
+        )
+    return kept
+
+
+def check_rows(rows: Sequence[TokenRow], base: PreTrainedModel, split: str) -> None:
+    """Check that the base can take every row.
+
+    Raises:
+        TrainingError: a mask of another length than its row, a row longer than the base's positions, or a token
+            outside the base's vocabulary. The message names row and value.
+    """
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    for row in rows:
+        length = len(row.input_ids)
+        if len(row.loss_mask) != length:
+            raise TrainingError(f"{split} row {row.id!r} has {length} tokens but a loss mask of {len(row.loss_mask)}")
+        if positions is not None and length > positions:
+            raise TrainingError(
+                f"{split} row {row.id!r} has {length} tokens, more than the base model's {positions} positions; "
+                f"set data.max_tokens to at most {positions}"
+            )
+        if not 0 <= min(row.input_ids) <= max(row.input_ids) < vocabulary:
+            raise TrainingError(
+                f"{split} row {row.id!r} holds token ids {min(row.input_ids)} to {max(row.input_ids)}, but the base "
+                f"model's vocabulary is 0 to {vocabulary - 1}; was the data curated with another tokenizer?"
+            )
+
+
+def digest_rows(rows: Sequence[TokenRow]) -> str:
+    """SHA-256 over ids, tokens and masks of the rows in their order."""
+    return digest_json([[row.id, list(row.input_ids), [int(trained) for trained in row.loss_mask]] for row in rows])
+
+
+def fingerprint_base(base: PreTrainedModel) -> str:
+    """SHA-256 over name, shape, dtype and the first 64 KiB of every parameter.
+
+    Tells bases apart at the cost of a few megabytes of hashing, where a full digest of a large base takes minutes. It is
+    no proof that two bases are equal byte for byte: artifact digests are for that.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(base.named_parameters()):
+        head = parameter.detach().reshape(-1)[: _FINGERPRINT_BYTES // parameter.element_size()]
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(head.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

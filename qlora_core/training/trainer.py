@@ -1,0 +1,174 @@
+"""Trains the trials of a pack over one loaded base, in segments that add up to one run, bit for bit on a float32 CPU.
+
+Trials are trained one after the other; no trial's result depends on the others of its pack. Knows nothing of how trials
+are chosen, compared or where the base came from.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from qlora_core.data.dataset import TokenRow
+from qlora_core.errors import TrainingError
+from qlora_core.model.base import PRECISIONS
+from qlora_core.model.loss import sequence_losses
+from qlora_core.progress import progress_bar
+from qlora_core.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from qlora_core.training.export import capture, write_adapter
+from qlora_core.training.lora import attached_adapter, own_generators
+from qlora_core.training.preflight import check_rows, digest_rows, fingerprint_base, trainable_rows
+from qlora_core.training.schedule import total_steps
+from qlora_core.training.trial import Trial, TrialProgress
+from qlora_core.training.trial_run import TrialRun
+
+__all__ = ["Trainer", "total_steps"]
+
+logger = logging.getLogger(__name__)
+
+# One size for all trials, so that their validation losses are sums of the same batches
+VALIDATION_BATCH_ROWS = 8
+
+
+def _never() -> bool:
+    return False
+
+
+class Trainer:
+    """Trains trials on `base` (frozen, with no adapter on it) and keeps their checkpoints under `work_dir/<trial id>`.
+
+    Raises TrainingError at once for data no trial can be trained on: no rows, all labels masked, rows longer than the
+    base's positions, tokens outside its vocabulary.
+    """
+
+    def __init__(
+        self, base: PreTrainedModel, train: Sequence[TokenRow], validation: Sequence[TokenRow], work_dir: Path
+    ) -> None:
+        self._base = base
+        self._train = trainable_rows(train, "train")
+        self._validation = trainable_rows(validation, "validation")
+        self._work_dir = work_dir
+        check_rows(self._train, base, "train")
+        check_rows(self._validation, base, "validation")
+        base.requires_grad_(False)
+        base.config.use_cache = False
+
+    def run(
+        self, trials: Sequence[Trial], until_step: int | None, should_stop: Callable[[], bool] = _never
+    ) -> list[TrialProgress]:
+        """Train each trial to `until_step` (None: its end), checkpoint it, and score it on all validation rows.
+
+        A trial goes on from its newest valid checkpoint; one that is already there or further is only scored.
+        `should_stop` is asked before every step: once true, the trial is checkpointed and it and the rest of the pack
+        come back as `interrupted`, to be taken up by the same call later. Results are in the order of `trials`.
+
+        Raises:
+            TrainingError: loss or gradients that are not finite, target modules that match nothing, a checkpoint of
+                other settings, data or base, a disk that refuses. Checkpoints taken before stay usable.
+        """
+        ids = [trial.id for trial in trials]
+        if len(set(ids)) < len(ids):
+            raise TrainingError(f"trial ids {ids} are not unique, so their checkpoints would mix; rename one")
+        if until_step is not None and until_step < 1:
+            raise TrainingError(f"until_step is {until_step}; train to step 1 or later, or None for the end")
+        return [self._run_one(trial, until_step, should_stop) for trial in trials]
+
+    def export(self, trial: Trial, out: Path) -> None:
+        """Write the trial's newest checkpoint to `out` as a PEFT folder with golden logits, verified by reloading it.
+
+        Raises:
+            TrainingError: there is no checkpoint, nothing was learned, or the folder does not reproduce the logits.
+        """
+        with attached_adapter(self._base, trial.params) as adapter:
+            run = TrialRun(trial, adapter, self._train)
+            if self._resume(run) is None:
+                raise TrainingError(f"trial {trial.id} has no checkpoint under {self._work_dir}; train it first")
+            trained = capture(adapter, self._validation + self._train)
+        write_adapter(self._base, trained, out)
+
+    def _run_one(self, trial: Trial, until_step: int | None, should_stop: Callable[[], bool]) -> TrialProgress:
+        self._check_precision(trial)
+        with attached_adapter(self._base, trial.params) as adapter, own_generators(self._base.device):
+            run = TrialRun(trial, adapter, self._train)
+            self._resume(run)
+            until = run.total_steps if until_step is None else min(until_step, run.total_steps)
+            if not self._train_to(run, until, should_stop):
+                return run.progress(validation_loss=None)
+            adapter.eval_mode()
+            return run.progress(self._validate(run))
+
+    def _train_to(self, run: TrialRun, until: int, should_stop: Callable[[], bool]) -> bool:
+        """Take steps up to `until` with checkpoints on the way; False when asked to stop before."""
+        params, counters = run.trial.params, run.counters
+        run.adapter.train_mode(gradient_checkpointing=params.gradient_checkpointing)
+        saved = counters.step
+        with progress_bar(f"Training {run.trial.id}", until) as advance:
+            advance(counters.step)
+            while counters.step < until and not should_stop():
+                run.train_step()
+                advance(1)
+                if counters.step % params.checkpoint_every_steps == 0 or counters.step == until:
+                    saved = self._save(run).step
+        if saved < counters.step:
+            self._save(run)
+        return counters.step >= until
+
+    def _validate(self, run: TrialRun) -> float:
+        losses = sequence_losses(run.adapter.model, self._validation, batch_size=VALIDATION_BATCH_ROWS)
+        loss = sum(nats for nats, _ in losses) / sum(tokens for _, tokens in losses)
+        if not torch.isfinite(torch.tensor(loss)):
+            raise TrainingError(
+                f"the validation loss of trial {run.trial.id} is {loss} after step {run.counters.step}; lower "
+                "train.learning_rate"
+            )
+        return loss
+
+    def _save(self, run: TrialRun) -> Checkpoint:
+        return save_checkpoint(
+            self._work_dir / run.trial.id,
+            run.counters.step,
+            run.adapter.tensors(),
+            run.optimizer.state_tensors(),
+            run.state() | {"identity": self._identity(run.trial)},
+        )
+
+    def _resume(self, run: TrialRun) -> Checkpoint | None:
+        """Put the run where its newest valid checkpoint left it; None where there is none."""
+        checkpoint = newest_checkpoint(self._work_dir / run.trial.id)
+        if checkpoint is None:
+            return None
+        state = checkpoint.state()
+        _check_identity(state["identity"], self._identity(run.trial), checkpoint.folder)
+        run.restore(state, checkpoint.adapter(), checkpoint.optimizer())
+        logger.info("trial %s goes on from %s", run.trial.id, checkpoint.folder)
+        return checkpoint
+
+    def _identity(self, trial: Trial) -> dict[str, Any]:
+        """What a checkpoint's numbers depend on. How often one is written is no part of it."""
+        return trial.params.model_dump(mode="json", exclude={"checkpoint_every_steps"}) | self._inputs
+
+    @cached_property
+    def _inputs(self) -> dict[str, str]:
+        return {"training data": digest_rows(self._train), "base model": fingerprint_base(self._base)}
+
+    def _check_precision(self, trial: Trial) -> None:
+        wanted = PRECISIONS.get(trial.params.precision)
+        if wanted is not None and wanted != self._base.dtype:
+            raise TrainingError(
+                f"trial {trial.id} asks for precision {trial.params.precision}, but the base is loaded in "
+                f"{self._base.dtype}; load it in that precision or use train.precision: auto"
+            )
+
+
+def _check_identity(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    different = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
+    if different:
+        key = different[0]
+        raise TrainingError(
+            f"checkpoint {folder} belongs to another training: {key} is {stored.get(key)!r} there and "
+            f"{wanted.get(key)!r} here; use another compute.work_dir or delete {folder.parent}"
+        )

@@ -1,0 +1,47 @@
+"""What a trial is and what comes back from training one: small, frozen, plain data that may cross processes.
+
+Knows nothing of models, tensors or how trials are chosen.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_core.config.train import TrainConfig
+from qlora_core.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One QLoRA training: its settings, and the name under which its checkpoints are kept."""
+
+    id: str
+    params: TrainConfig
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", self.id):
+            raise TrainingError(
+                f"trial id {self.id!r} cannot name a folder; use letters, digits, dot, dash and underscore, 100 at most"
+            )
+
+
+@dataclass(frozen=True)
+class TrialProgress:
+    """Where a trial stands after a segment of training.
+
+    `curve` has one entry per optimizer step: `step` (from 1), `loss` (nats per trained token over the effective batch,
+    before the update), `learning_rate`, `grad_norm` (before clipping), `tokens` (trained tokens of the step).
+    `tokens` and `seconds` add up over all segments. `validation_loss` is in nats per trained token, and None only when
+    `interrupted`: then training was asked to stop, the checkpoint holds everything, and the same call goes on from it.
+    `optimizer` says what really ran, with any departure from the setting.
+    """
+
+    id: str
+    step: int
+    total_steps: int
+    curve: list[dict[str, Any]]
+    validation_loss: float | None
+    tokens: int
+    seconds: float
+    optimizer: str
+    interrupted: bool = False

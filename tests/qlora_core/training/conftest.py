@@ -1,0 +1,115 @@
+"""A tiny NF4 Llama, a float64 one, and rows to train them on."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from qlora_core.config.quantize import QuantizeConfig
+from qlora_core.config.train import TrainConfig
+from qlora_core.data.dataset import TokenRow
+from qlora_core.model.base import load_quantized
+from qlora_core.quantization.quantize import quantize_checkpoint
+from qlora_core.training.trial import Trial
+
+VOCABULARY = 96
+POSITIONS = 48
+
+
+def _llama(dtype: torch.dtype) -> LlamaForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=POSITIONS,
+                tie_word_embeddings=False,
+            )
+        )
+    return model.to(dtype).requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Sums in a fixed order, and no fighting over cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def nf4_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama as a stored NF4 checkpoint with double quantization."""
+    folder = tmp_path_factory.mktemp("base")
+    _llama(torch.float32).save_pretrained(folder / "plain")
+    quantize_checkpoint(folder / "plain", folder / "nf4", QuantizeConfig())
+    return folder / "nf4"
+
+
+@pytest.fixture
+def base(nf4_folder: Path) -> PreTrainedModel:
+    return load_quantized(nf4_folder)
+
+
+@pytest.fixture
+def base64() -> PreTrainedModel:
+    """The same architecture in float64, not quantized: the reference for numbers."""
+    return _llama(torch.float64)
+
+
+def make_rows(count: int, *, seed: int = 0, shortest: int = 5, longest: int = 20) -> list[TokenRow]:
+    """Rows that count upwards from a random token; the prompt part is masked."""
+    generator = random.Random(seed)
+    rows = []
+    for index in range(count):
+        length = generator.randint(shortest, longest)
+        start, prompt = generator.randrange(VOCABULARY), generator.randint(1, length - 2)
+        ids = [(start + place) % VOCABULARY for place in range(length)]
+        rows.append(TokenRow(f"{seed}-{index}", ids, [place >= prompt for place in range(length)]))
+    return rows
+
+
+@pytest.fixture
+def train_rows() -> list[TokenRow]:
+    return make_rows(26, seed=1)
+
+
+@pytest.fixture
+def validation_rows() -> list[TokenRow]:
+    return make_rows(7, seed=2)
+
+
+def make_trial(name: str = "t000", **settings: Any) -> Trial:
+    """A trial that learns fast, with dropout, warm-up and a last batch that is not full."""
+    defaults: dict[str, Any] = {
+        "lora_rank": 4,
+        "lora_alpha": 8.0,
+        "lora_dropout": 0.1,
+        "learning_rate": 5e-3,
+        "schedule": "linear",
+        "warmup_ratio": 0.1,
+        "max_steps": 8,
+        "micro_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "optimizer": "adamw",
+        "checkpoint_every_steps": 3,
+        "seed": 5,
+    }
+    return Trial(name, TrainConfig(**(defaults | settings)))
+
+
+@pytest.fixture
+def trial() -> Callable[..., Trial]:
+    return make_trial
+
+
+@pytest.fixture
+def rows() -> Callable[..., list[TokenRow]]:
+    return make_rows
