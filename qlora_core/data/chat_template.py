@@ -99,7 +99,7 @@ def load_chat_tokenizer(folder: Path, chat_template_file: Path | None = None) ->
     template, origin = _choose_template(tokenizer, chat_template_file)
     tokenizer.chat_template = template
     bos_token_id = _own_bos(tokenizer)
-    bos_added = bos_token_id is not None and tokenizer.bos_token not in render(tokenizer, PROBE, origin)
+    bos_added = bos_token_id is not None and str(tokenizer.bos_token) not in render(tokenizer, PROBE, origin)
     if bos_added:
         tokenizer.chat_template = "{{ bos_token }}" + template
         if origin != "plain default":
@@ -110,7 +110,7 @@ def load_chat_tokenizer(folder: Path, chat_template_file: Path | None = None) ->
         tokenizer=tokenizer,
         origin=origin,
         stop_token=stop_token,
-        stop_token_id=int(tokenizer.convert_tokens_to_ids(stop_token)),
+        stop_token_id=tokenizer.get_vocab()[stop_token],
         bos_token_id=bos_token_id,
         bos_added=bos_added,
         special_text=_special_text(tokenizer, stop_token),
@@ -143,8 +143,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"tokenizer folder {str(folder)!r} does not exist; base.model must name a checkpoint folder")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    # What the readers of tokenizer.json raise on damage is not more specific than these.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # the Rust reader of tokenizer.json raises bare Exception on damage
         raise ModelError(
             f"the tokenizer in {str(folder)!r} cannot be loaded: {error}. The folder needs tokenizer.json and "
             "tokenizer_config.json beside the weights; fetch the checkpoint again"
@@ -177,8 +176,8 @@ def _read_template(file: Path) -> str:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"chat template file {str(file)!r} cannot be read: {error}. data.chat_template names a Jinja file in UTF-8; "
-            "relative paths start at the folder of the config file"
+            f"chat template file {str(file)!r} cannot be read: {error}. data.chat_template names a Jinja file in "
+            "UTF-8; relative paths start at the folder of the config file"
         ) from error
     if not text.strip():
         raise DataError(f"chat template file {str(file)!r} is empty. {NEXT_STEP}")
@@ -187,9 +186,19 @@ def _read_template(file: Path) -> str:
 
 def _own_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The BOS id if the tokenizer opens a plain text with it by itself, else None."""
-    ids = tokenizer("a", verbose=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    return int(bos) if bos is not None and ids and ids[0] == bos else None
+    bos = _named_token(tokenizer, "bos_token")
+    if bos is None:
+        return None
+    ids = list(tokenizer("a", verbose=False)["input_ids"])
+    bos_id = tokenizer.get_vocab()[bos]
+    return bos_id if ids[:1] == [bos_id] else None
+
+
+def _named_token(
+    tokenizer: PreTrainedTokenizerBase, name: Literal["bos_token", "eos_token", "pad_token", "unk_token"]
+) -> str | None:
+    token = getattr(tokenizer, name)
+    return None if token is None else str(token)
 
 
 def _find_stop_token(tokenizer: PreTrainedTokenizerBase, origin: Origin) -> str:
@@ -199,7 +208,9 @@ def _find_stop_token(tokenizer: PreTrainedTokenizerBase, origin: Origin) -> str:
     sample = f"Rendered sample: {text!r}"
     where = f"the chat template ({origin}) cannot be masked"
     if not text.startswith(prompt):
-        raise MaskError(f"{where}: what add_generation_prompt writes, {prompt!r}, does not open the row. {sample}. {NEXT_STEP}")
+        raise MaskError(
+            f"{where}: what add_generation_prompt writes, {prompt!r}, does not open the row. {sample}. {NEXT_STEP}"
+        )
     written = text[len(prompt) :].lstrip()
     if not written.startswith(answer):
         raise MaskError(
@@ -207,8 +218,10 @@ def _find_stop_token(tokenizer: PreTrainedTokenizerBase, origin: Origin) -> str:
             f"{sample}. {NEXT_STEP}"
         )
     after = written[len(answer) :].lstrip()
-    known = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
-    not_a_stop = {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token} - {tokenizer.eos_token}
+    added = (token.content for token in tokenizer.added_tokens_decoder.values())
+    known = {*added, *tokenizer.all_special_tokens}
+    not_a_stop = {_named_token(tokenizer, name) for name in ("bos_token", "pad_token", "unk_token")}
+    not_a_stop.discard(_named_token(tokenizer, "eos_token"))
     stops = [token for token in known - not_a_stop if token.strip() and after.startswith(token)]
     if not stops:
         raise MaskError(f"{where}: no stop token follows the assistant's text. {sample}. {NEXT_STEP}")

@@ -14,7 +14,7 @@ from qlora_core.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """A row to train on or to score. `loss_mask[i]` is True where `input_ids[i]` is a token to be predicted for loss."""
+    """A row to train on or to score. `loss_mask[i]` is True where predicting `input_ids[i]` carries loss."""
 
     id: str
     input_ids: list[int]

@@ -9,9 +9,9 @@ from qlora_core.data.row import Row
 def drop_duplicates(rows: Sequence[Row], source_order: Mapping[str, int]) -> tuple[list[Row], list[Dropped]]:
     """One row of every group with equal `conversation_key`, and the others with the id of the one kept.
 
-    Equal prompts with other answers are not duplicates. The survivor is the row from the earliest source, then the one of
-    lowest id, then the first line: shuffling the lines of a file changes nothing that is kept. Survivors come back in
-    that order.
+    Equal prompts with other answers are not duplicates. The survivor is the row from the earliest source, then the one
+    of lowest id, then the first line: shuffling the lines of a file changes nothing that is kept. Survivors come back
+    in that order.
     """
     survivors: dict[tuple[tuple[str, str], ...], Row] = {}
     dropped = []

@@ -13,8 +13,8 @@ SHOWN_LEAKS = 5
 def check_no_leaks(folder: Path) -> None:
     """Read the three written splits and compare every pair of them.
 
-    Raises DataError, naming ids, if a row's whole conversation is on two sides (case, spacing and punctuation aside), if
-    a prompt of one side is a user turn on another, or if an id occurs twice.
+    Raises DataError, naming ids, if a row's whole conversation is on two sides (case, spacing and punctuation aside),
+    if a prompt of one side is a user turn on another, or if an id occurs twice.
     """
     splits = {side: read_conversations(folder, side) for side in SIDES}
     leaks = [
@@ -32,7 +32,9 @@ def check_no_leaks(folder: Path) -> None:
         )
 
 
-def _between(held_rows: list[StoredConversation], others: list[StoredConversation]) -> list[tuple[StoredConversation, str]]:
+def _between(
+    held_rows: list[StoredConversation], others: list[StoredConversation]
+) -> list[tuple[StoredConversation, str]]:
     held = HeldOut()
     whole: dict[tuple[tuple[str, str], ...], str] = {}
     for row in held_rows:

@@ -11,7 +11,7 @@ from qlora_core.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A usable row that was left out: by which rule, the id it matched, its length in tokens where that was the reason."""
+    """A usable row left out: by which rule, the id it matched, its length in tokens where that was the reason."""
 
     id: str
     source: str
@@ -23,7 +23,7 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Funnel:
-    """Rows by source and in all, each `{in, kept, dropped, quarantined}`; `reasons` counts the rules of dropped rows."""
+    """Rows by source and in all, each `{in, kept, dropped, quarantined}`; `reasons` counts dropped rows by rule."""
 
     rows: Mapping[str, int]
     by_source: Mapping[str, Mapping[str, Any]]
@@ -54,10 +54,14 @@ def make_funnel(readings: Sequence[SourceReading], kept_sources: Sequence[str], 
             "quarantined": len(reading.quarantined),
         }
         if counts["in"] != counts["kept"] + counts["dropped"] + counts["quarantined"]:
-            raise DataError(f"rows of {reading.name} went missing: {counts}. This is a fault in curation; please report it")
+            raise DataError(
+                f"rows of {reading.name} went missing: {counts}. This is a fault in curation; please report it"
+            )
         extra = {"rule": reading.rule} if reading.rule else {}
         by_source[reading.name] = {**counts, "format": reading.format, "trimmed": reading.trimmed, **extra}
-    totals = {part: sum(counts[part] for counts in by_source.values()) for part in ("in", "kept", "dropped", "quarantined")}
+    totals = {
+        part: sum(counts[part] for counts in by_source.values()) for part in ("in", "kept", "dropped", "quarantined")
+    }
     bad = Counter(entry.kind for reading in readings for entry in reading.quarantined)
     return Funnel(totals, by_source, _ranked(Counter(drop.rule for drop in dropped)), _ranked(bad))
 

@@ -75,8 +75,8 @@ def check_template(chat: ChatTokenizer, rows_seen: int, refusals: Sequence[Refus
     if len(failed) > max_share * rows_seen:
         first = failed[0]
         raise MaskError(
-            f"the chat template ({chat.origin}) cannot be masked: it failed on {len(failed)} of {rows_seen} rows, first on "
-            f"{first.row.source}, line {first.row.line}: {first.detail}. {NEXT_STEP}"
+            f"the chat template ({chat.origin}) cannot be masked: it failed on {len(failed)} of {rows_seen} rows, "
+            f"first on {first.row.source}, line {first.row.line}: {first.detail}. {NEXT_STEP}"
         )
 
 
@@ -102,7 +102,7 @@ def _render(chat: ChatTokenizer, row: Row) -> _Rendered | Refusal:
         text = chat.render(row.messages)
         prompts = {i: chat.render(row.messages[:i], add_generation_prompt=True) for i in trained}
     except MaskError as error:
-        return Refusal(row, "template_refused", str(error))
+        return Refusal(row, "template_refused", f"the template refuses it: {error.__cause__ or error}")
     for index, prompt in prompts.items():
         fault = _text_fault(chat, text, prompt, row.messages[index])
         if fault:
@@ -133,7 +133,9 @@ def _place(
         if ids[:start] != opening:
             return Refusal(row, "mask_unproven", f"turn {index + 1}: the prompt's token ids do not open the row's ids")
         if chat.stop_token_id not in ids[start:]:
-            return Refusal(row, "mask_unproven", f"turn {index + 1}: the stop token {chat.stop_token} is not among the ids")
+            return Refusal(
+                row, "mask_unproven", f"turn {index + 1}: the stop token {chat.stop_token} is not among the ids"
+            )
         stop = ids.index(chat.stop_token_id, start)
         if stop == start:
             return Refusal(row, "not_round_trip", f"turn {index + 1}: the tokenizer makes no token of the text")
@@ -142,7 +144,9 @@ def _place(
     if chat.bos_token_id is not None:
         extra = 0 if chat.bos_token_id == chat.stop_token_id else ids.count(chat.bos_token_id) - 1
         if ids[0] != chat.bos_token_id or ids[1:2] == [chat.bos_token_id] or extra:
-            return Refusal(row, "mask_unproven", f"the row must open with one BOS (id {chat.bos_token_id}), and hold no other")
+            return Refusal(
+                row, "mask_unproven", f"the row must open with one BOS (id {chat.bos_token_id}), and hold no other"
+            )
     return MaskedRow(row, ids, mask, tuple(turns))
 
 
@@ -154,7 +158,10 @@ def _prove_texts(
         piece
         for masked in placed
         if isinstance(masked, MaskedRow)
-        for piece in (masked.input_ids, *(masked.input_ids[:end] for t in masked.turns for end in (t.start, t.stop + 1)))
+        for piece in (
+            masked.input_ids,
+            *(masked.input_ids[:end] for t in masked.turns for end in (t.start, t.stop + 1)),
+        )
     ]
     decoded = iter(chat.decode(pieces))
     proven: list[MaskedRow | Refusal] = []

@@ -1,4 +1,4 @@
-"""From dataset files to canonical rows: recognise, read, set aside what cannot be read. Decides nothing about good rows."""
+"""From dataset files to canonical rows: recognise, read, set aside the unreadable. Decides nothing about good rows."""
 
 import logging
 from collections.abc import Mapping, Sequence

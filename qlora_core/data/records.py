@@ -68,7 +68,7 @@ def _read_bytes(file: SourceFile) -> bytes:
         ) from error
     except OSError as error:
         raise DataError(
-            f"dataset file {file.name} cannot be read: {error.strerror or error}. Check that it exists and its permissions"
+            f"dataset file {file.name} cannot be read: {error.strerror or error}. Check its permissions"
         ) from error
     return data.removeprefix(UTF8_MARK)
 

@@ -50,8 +50,9 @@ class Draft:
 class Row:
     """A conversation that opens with an optional system turn and a user turn, and ends on an assistant turn.
 
-    `id` is the SHA-256 of the messages alone, so it does not depend on where the row was found. `line` counts from 1 and
-    is the line of the file where the record starts. `trimmed` is how many turns after the last answer were left out.
+    `id` is the SHA-256 of the messages alone, so it does not depend on where the row was found. `line` counts from 1
+    and is the line of the file where the record starts. `trimmed` counts the turns after the last answer that were
+    left out.
     """
 
     id: str

@@ -16,10 +16,14 @@ class Conversation(Protocol):
     """What the split looks at."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """Unique among the rows compared."""
+        ...
 
     @property
-    def messages(self) -> Sequence[Message]: ...
+    def messages(self) -> Sequence[Message]:
+        """The turns, at least one of them the user's."""
+        ...
 
 
 Member = TypeVar("Member", bound=Conversation)
@@ -68,7 +72,9 @@ class HeldOut:
         return next((self._prompts[turn] for turn in turns if turn in self._prompts), None)
 
 
-def find_leaks(train: Sequence[Member], validation: Sequence[Member], test: Sequence[Member]) -> list[tuple[Member, str]]:
+def find_leaks(
+    train: Sequence[Member], validation: Sequence[Member], test: Sequence[Member]
+) -> list[tuple[Member, str]]:
     """The rows to leave out, each with the id of the held-out row it matches.
 
     The test side keeps all its rows; validation gives way to test, train gives way to both.

@@ -9,8 +9,9 @@ from qlora_core.data.loss_mask import MaskedRow
 def fit(masked: MaskedRow, limit: int, policy: Literal["drop", "cut"]) -> MaskedRow | None:
     """The row within `limit` tokens, or None if it is to be dropped.
 
-    A row that fits comes back as it is. `cut` keeps the start: answers that end inside the window keep their stop token,
-    the one that is cut is trained without one, later turns go. A row whose window holds no trained token is dropped.
+    A row that fits comes back as it is. `cut` keeps the start: answers that end inside the window keep their stop
+    token, the one that is cut is trained without one, later turns go. A row whose window holds no trained token is
+    dropped.
     """
     if len(masked.input_ids) <= limit:
         return masked

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 
-ITERATIONS = 5
+ITERATIONS = 4
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic step, from Jordan et al.
 
 

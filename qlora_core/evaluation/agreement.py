@@ -1,6 +1,6 @@
 """Agreement between raters on the same items. Knows labels as categories, not what they say or who is right.
 
-Labels are compared by their text (1 and "1" are one label). A statistic that has no value is null with a reason, never NaN.
+Labels are compared by their text (1 and "1" are one). A statistic without a value is null with a reason, never NaN.
 """
 
 from collections import Counter, defaultdict
@@ -30,7 +30,7 @@ class Label(BaseModel):
 
     item_id: Identifier
     rater_id: Identifier
-    label: Annotated[str | None, BeforeValidator(_label_as_text), Field(min_length=1)]
+    label: Annotated[Annotated[str, Field(min_length=1)] | None, BeforeValidator(_label_as_text)]
 
 
 Ratings = Mapping[str, Mapping[str, str]]
@@ -45,9 +45,9 @@ def read_labels(path: Path) -> list[Label]:
 def agreement(labels: Sequence[Label]) -> dict[str, Any]:
     """How far raters agree, raw and beyond chance.
 
-    raw: mean over items with two or more labels of the share of rater pairs that agree. fleiss_kappa: needs equally many
-    labels on every item. cohen_kappa: of the two raters; with more, the mean over the pairs in `cohen_pairs`, each on
-    the items both labelled. krippendorff_alpha: nominal; copes with missing labels. All are 1 at full agreement and,
+    raw: mean over items with two or more labels of the share of rater pairs that agree. fleiss_kappa: needs equally
+    many labels on every item. cohen_kappa: of the two raters; with more, the mean over the pairs in `cohen_pairs`, each
+    on the items both labelled. krippendorff_alpha: nominal; copes with missing labels. All are 1 at full agreement and,
     raw aside, 0 at chance. Where one is null, `reasons` says why. items and raters count all that have a label.
 
     Raises EvaluationError without labels and where a rater labelled an item twice.

@@ -36,15 +36,17 @@ def ratio_interval(
         raise EvaluationError("a bootstrap needs finite numbers; a loss or score is NaN or infinite")
     if bottom.sum() <= 0:
         raise EvaluationError(f"the units' weights sum to {bottom.sum()}; they must be above 0")
-    ratios = [
-        (weights @ top) / (weights @ bottom) for weights in resample_weights(top.size, resamples=resamples, seed=seed)
-    ]
+    ratios = []
+    for weights in resample_weights(top.size, resamples=resamples, seed=seed):
+        # A resample may draw only units without weight: it has no ratio, and the interval leaves it out
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios.append((weights @ top) / (weights @ bottom))
     low, high = percentile_interval(np.concatenate(ratios), confidence)
     return Estimate(float(top.sum() / bottom.sum()), float(low), float(high))
 
 
 def resample_weights(units: int, *, resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:
-    """How often each unit is drawn in each resample: float64 arrays [<= resamples, units], each row summing to units."""
+    """How often each unit is drawn in each resample: arrays [<= resamples, units], each row summing to units."""
     rng = np.random.default_rng(seed)
     chunk = max(1, WEIGHTS_PER_CHUNK // units)
     for start in range(0, resamples, chunk):

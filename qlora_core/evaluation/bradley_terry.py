@@ -1,4 +1,4 @@
-"""Bradley-Terry abilities with ties (Davidson 1970) and an order effect (Davidson and Beaver 1977), by maximum likelihood.
+"""Bradley-Terry abilities with ties (Davidson 1970) and an order effect (Davidson and Beaver 1977).
 
 Knows counts of outcomes per ordered pair of players, not prompts, judges or models' names. With worth p = exp(ability),
 g the first-shown player's advantage and v the tie parameter, a comparison of i (shown first) with j has the odds
@@ -6,7 +6,7 @@ g the first-shown player's advantage and v the tie parameter, a comparison of i 
     i wins : j wins : tie  =  g p_i : p_j : v sqrt(g p_i p_j)
 
 which is the multiplicative order effect on the first-shown worth; any common g only rescales v against other writings.
-All fits run in a batch, so that hundreds of bootstrap resamples cost about as much as one.
+Maximum likelihood by Newton's method, in a batch: hundreds of bootstrap resamples cost about as much as one.
 """
 
 from typing import NamedTuple
@@ -38,7 +38,7 @@ class Design(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """Abilities [batch, players] (natural log of the worth, centred), log g and log v [batch], and which fits took a ridge.
+    """Abilities [batch, players] (log of the worth, centred), log g and log v [batch], and which fits took a ridge.
 
     log g is NaN where the design has no order effect, log v where it has no ties.
     """
@@ -53,7 +53,7 @@ class Fit(NamedTuple):
 def make_design(
     first: NDArray[np.int64], second: NDArray[np.int64], players: int, *, order: bool, ties: bool
 ) -> Design:
-    """The design of the given cells. Without `order` both places are alike; without `ties` the tie outcome is ignored."""
+    """The design of the given cells. Without `order` both places are alike; without `ties` ties are ignored."""
     cells = len(first)
     features = np.zeros((cells, 3, players + order + ties))
     rows = np.arange(cells)
@@ -70,7 +70,7 @@ def make_design(
 
 
 def order_effect_is_identified(first: NDArray[np.int64], second: NDArray[np.int64], players: int) -> bool:
-    """Whether abilities and order effect can be told apart: False, for instance, where each pair has one fixed order."""
+    """Whether abilities and order effect can be told apart: False where, say, each pair has one fixed order."""
     contrasts = np.zeros((len(first), players + 1))
     rows = np.arange(len(first))
     contrasts[rows, first] += 1.0
@@ -120,13 +120,14 @@ def fit(design: Design, counts: NDArray[np.float64]) -> Fit:
 def _newton(
     design: Design, counts: NDArray[np.float64], *, ridge: float
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Newton's method with step halving on the concave log-likelihood; parameters [batch, parameters] and convergence."""
+    """Newton's method with step halving on the concave log-likelihood: parameters [batch, size], convergence."""
     size = design.features.shape[2]
     parameters = np.zeros((len(counts), size))
     totals = counts.sum(axis=2)
     # The likelihood does not change when all abilities move together; this fixes their mean without touching the rest
     gauge = np.zeros((size, size))
     gauge[: design.players, : design.players] = 1.0
+    moving = np.ones(len(counts), dtype=np.bool_)
     for _ in range(MAX_ITERATIONS):
         shares = _probabilities(design, parameters)
         gradient = np.einsum("bco,cop->bp", counts - totals[:, :, None] * shares, design.features) - ridge * parameters

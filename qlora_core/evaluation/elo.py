@@ -1,4 +1,4 @@
-"""Elo ratings averaged over random match orders, as in the QLoRA paper. Knows matches as numbers, not prompts or judges."""
+"""Elo ratings averaged over random match orders, as in the QLoRA paper. Knows matches as numbers only."""
 
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ class Matches(NamedTuple):
 
 
 class EloRatings(NamedTuple):
-    """Mean rating per player over the orders, the central interval over the orders, and the mean's Monte-Carlo error."""
+    """Per player: mean rating over the orders, central interval over the orders, Monte-Carlo error of the mean."""
 
     mean: NDArray[np.float64]
     low: NDArray[np.float64]

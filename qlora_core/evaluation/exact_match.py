@@ -44,7 +44,7 @@ def matches(answer: str, reference: str, max_words: int) -> bool | None:
 def compare_matches(
     base: Sequence[bool | None], adapter: Sequence[bool | None], *, confidence: float, resamples: int, seed: int
 ) -> dict[str, Any] | None:
-    """Shares of comparable prompts each model answers exactly, and their difference with a paired interval over prompts.
+    """Shares of comparable prompts answered exactly, and their difference with a paired interval over prompts.
 
     Both have one entry per prompt, in the same order, None where the reference is not comparable. Keys: prompts, base,
     adapter, difference (adapter - base), low, high. None where no prompt is comparable.

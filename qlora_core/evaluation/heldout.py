@@ -1,4 +1,4 @@
-"""Held-out loss of base and adapter on the same rows, with a paired interval. Knows losses, not models or tokens' text."""
+"""Held-out loss of base and adapter on the same rows, with a paired interval. Knows losses, not models."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -70,14 +70,14 @@ def judge_prices(config: JudgeConfig, *, custom_endpoint: bool) -> Prices:
 
 
 def estimate_cost_usd(config: EvaluateConfig, prices: Prices) -> float:
-    """What judging every prompt in both orders may cost: answers and the judge's reply at their full length, no retries."""
+    """What judging every prompt in both orders may cost: answers and replies at full length, no retries."""
     calls = 2 * config.max_prompts
     input_tokens = PROMPT_OVERHEAD_TOKENS + QUESTION_TOKENS + 2 * config.max_new_tokens
     return calls * prices.cost_usd(input_tokens, config.judge.max_answer_tokens)
 
 
 class Budget:
-    """Money shared by concurrent calls: no call starts once it is spent, and calls in flight are reserved at their most.
+    """Money shared by concurrent calls: none starts once it is spent; calls in flight are reserved at their most.
 
     A call is let in while spent + reserved < limit, so the limit is exceeded by at most the last call let in.
     """

@@ -90,7 +90,9 @@ class VerdictCache:
     def scored(self, keys: Iterable[str]) -> dict[str, Judgement]:
         """The earliest scored judgement of each key that has one."""
         found: dict[str, Judgement] = {}
-        for key, slot, reason in self._by_key("SELECT key, slot, reason FROM attempts WHERE slot IS NOT NULL AND", keys):
+        for key, slot, reason in self._by_key(
+            "SELECT key, slot, reason FROM attempts WHERE slot IS NOT NULL AND", keys
+        ):
             found.setdefault(key, Judgement(slot, reason))
         return found
 
@@ -110,7 +112,7 @@ class VerdictCache:
                     row,
                 )
         except sqlite3.DatabaseError as error:
-            raise JudgeError(f"the verdict cache {self._where} cannot be written ({error}); free space there") from error
+            raise JudgeError(f"the verdict cache {self._where} cannot be written ({error}); check its disk") from error
 
     def _prepare(self) -> None:
         self._connection.execute("PRAGMA journal_mode = WAL")

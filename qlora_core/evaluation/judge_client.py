@@ -1,7 +1,7 @@
 """One chat call to an OpenAI-compatible endpoint. The only home of the `openai` package and of HTTP in evaluation.
 
-Knows transport: what a status, header or body means, and whether asking again can help. Knows no verdicts, prices or cache,
-and makes no retry of its own. The API key never leaves this module: it is cut out of every text that does.
+Knows transport: what a status, header or body means, and whether asking again can help. Knows no verdicts, prices or
+cache and makes no retry of its own. The API key never leaves this module: it is cut out of every text that does.
 """
 
 import email.utils
@@ -77,7 +77,7 @@ class _Completion(BaseModel):
 
 
 def resolve_kind(config: JudgeConfig, environment: Mapping[str, str]) -> str:
-    """Which judge a config means: openai, offline or none. `auto` is openai where OPENAI_API_KEY is set, else offline."""
+    """Which judge a config means: openai, offline or none. auto: openai where OPENAI_API_KEY is set, else offline."""
     if config.kind != "auto":
         return config.kind
     return "openai" if environment.get(KEY_VARIABLE) else "offline"
@@ -91,7 +91,7 @@ def custom_url(config: JudgeConfig, environment: Mapping[str, str]) -> str | Non
 class JudgeClient:
     """Calls one endpoint; safe for several threads.
 
-    Raises JudgeError where OpenAI's own endpoint is meant and OPENAI_API_KEY is not set; a custom endpoint needs no key.
+    Raises JudgeError where OpenAI's own endpoint is meant without OPENAI_API_KEY; a custom endpoint needs no key.
     """
 
     def __init__(self, config: JudgeConfig, environment: Mapping[str, str]) -> None:
@@ -102,7 +102,9 @@ class JudgeClient:
         self._key = environment.get(KEY_VARIABLE, "")
         url = custom_url(config, environment)
         if url is not None and urlsplit(url).scheme not in ("http", "https"):
-            raise JudgeError(f"evaluate.judge.base_url {url!r} is no http(s) address; give one like http://host:8000/v1")
+            raise JudgeError(
+                f"evaluate.judge.base_url {url!r} is no http(s) address; give one like http://host:8000/v1"
+            )
         if url is None and not self._key:
             raise JudgeError(
                 f"the judge {config.model!r} needs {KEY_VARIABLE} in the environment; set it, "
@@ -131,7 +133,7 @@ class JudgeClient:
         return text.replace(self._key, "***") if self._key else text
 
     def ask(self, messages: Sequence[Mapping[str, str]]) -> Reply | Failure:
-        """One call with the config's sampling parameters, waiting at most `timeout_s`. Never raises on what a server does."""
+        """One call with the config's parameters, waiting at most `timeout_s`. Never raises on what a server does."""
         limit_name = self._limit_name
         outcome = self._call(messages, limit_name)
         if isinstance(outcome, Failure) and outcome.reason == "rejected" and _names_unknown(limit_name, outcome.advice):
@@ -158,13 +160,15 @@ class JudgeClient:
             logger.info("%s answers %d to a list of models", self.shown_url, error.status_code)
 
     def _call(self, messages: Sequence[Mapping[str, str]], limit_name: str) -> Reply | Failure:
-        parameters: dict[str, Any] = {limit_name: self._config.max_answer_tokens}
+        parameters: dict[str, Any] = {
+            "model": self._config.model,
+            "messages": [dict(message) for message in messages],
+            limit_name: self._config.max_answer_tokens,
+        }
         if self._config.temperature is not None:
             parameters["temperature"] = self._config.temperature
         try:
-            response = self._client.chat.completions.with_raw_response.create(
-                model=self._config.model, messages=list(messages), **parameters
-            )
+            response = self._client.chat.completions.with_raw_response.create(**parameters)
             body = response.http_response.content
         except self._openai.APIError as error:
             # `from None` and no traceback: the request object inside carries the key
@@ -214,7 +218,7 @@ class JudgeClient:
             advice = f"{url} refused the key (HTTP {status}); check {KEY_VARIABLE} and its rights to {model!r}"
             return Failure("unauthorized", advice, settled=True)
         if status == 404:
-            advice = f"{url} does not know the model {model!r} or the path (HTTP 404); mend evaluate.judge.model or base_url"
+            advice = f"{url} does not know the model {model!r} or the path (HTTP 404); mend judge.model or base_url"
             return Failure("not_found", advice, settled=True)
         if status == 429 and error.code == "insufficient_quota":
             return Failure("quota", f"{url}: the account's quota is used up; add credit or wait", settled=True)
@@ -229,11 +233,13 @@ class JudgeClient:
 
 
 def _names_unknown(parameter: str, message: str) -> bool:
-    return parameter in message and re.search(r"support|unknown|unrecogni|extra|not permitted", message, re.I) is not None
+    return (
+        parameter in message and re.search(r"support|unknown|unrecogni|extra|not permitted", message, re.I) is not None
+    )
 
 
 def retry_after_s(headers: Mapping[str, str], now_s: float) -> float | None:
-    """Seconds a server asks to wait: `retry-after-ms`, else `retry-after` in seconds or as an HTTP date; None without one."""
+    """Seconds a server asks to wait (`retry-after-ms`, else `retry-after` as seconds or HTTP date), or None."""
     for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(name)
         if value is None:

@@ -3,9 +3,10 @@
 What it is good for: showing the whole flow without an endpoint, and, with a capable local model, a first impression.
 What it is not: evidence. It is never certified, and on small models it says next to nothing: there the label's place
 decides, not the answers. That shows as a first-slot share near 0 or 1, which `pairwise.summarise_verdicts` warns of.
-Each order is judged by itself and keeps its own verdict; where the two disagree the prompt counts one half, as a tie does.
+Each order is judged by itself and keeps its own verdict; where the two disagree the prompt counts one half, like a tie.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from qlora_core.errors import JudgeError
 from qlora_core.evaluation.pairwise import Judgement, Question
+from qlora_core.model.loss import max_positions_of
 
 LABELS = (" A", " B")
 TIE_NATS = 1e-6
@@ -33,7 +35,7 @@ class LogProbJudge:
         self._model = model
         self._tokenizer = tokenizer
         self._batch_size = batch_size
-        self._max_positions = getattr(model.config, "max_position_embeddings", None)
+        self._max_positions = max_positions_of(model)
 
     def decide(self, questions: Sequence[Question], advance: Callable[[float], None]) -> list[Judgement]:
         """One judgement per question, in order; unscored ("over_long") where the prompt exceeds the model's positions.
@@ -43,7 +45,9 @@ class LogProbJudge:
         """
         prompts = [self._encode(question) for question in questions]
         judgements = [Judgement(None, "over_long: the prompt exceeds the judge's context")] * len(questions)
-        fitting = [i for i, (ids, _) in enumerate(prompts) if self._max_positions is None or len(ids) <= self._max_positions]
+        fitting = [
+            i for i, (ids, _) in enumerate(prompts) if self._max_positions is None or len(ids) <= self._max_positions
+        ]
         advance(len(questions) - len(fitting))
         # Like lengths share a batch, so that little of it is padding
         fitting.sort(key=lambda i: len(prompts[i][0]))
@@ -58,8 +62,8 @@ class LogProbJudge:
     def _encode(self, question: Question) -> tuple[list[int], tuple[int, int]]:
         """Token ids up to where the two labelled texts part, and the token of each label there."""
         text = (
-            f"Question:\n{question.text}\n\nAnswer A:\n{question.first_answer}\n\nAnswer B:\n{question.second_answer}\n\n"
-            "Which answer is better, A or B? The better answer is"
+            f"Question:\n{question.text}\n\nAnswer A:\n{question.first_answer}\n\n"
+            f"Answer B:\n{question.second_answer}\n\nWhich answer is better, A or B? The better answer is"
         )
         first, second = (self._tokenizer(text + label)["input_ids"] for label in LABELS)
         shared = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
@@ -72,7 +76,7 @@ class LogProbJudge:
 
     @torch.inference_mode()
     def _margins(self, prompts: Sequence[tuple[list[int], tuple[int, int]]]) -> list[float]:
-        """log P(A) - log P(B) in nats, per prompt: left-padded, so every prompt's next token is at the last position."""
+        """log P(A) - log P(B) in nats, per prompt: left-padded, so that every next token is at the last position."""
         device = next(self._model.parameters()).device
         width = max(len(ids) for ids, _ in prompts)
         input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -92,7 +96,7 @@ class LogProbJudge:
         # The log-normaliser is the same for both labels, so the difference of logits is that of log-probabilities
         pair = logits.double().gather(1, labels)
         margins = (pair[:, 0] - pair[:, 1]).tolist()
-        if not all(margin == margin and abs(margin) != float("inf") for margin in margins):
+        if not all(math.isfinite(margin) for margin in margins):
             raise JudgeError("the offline judge's logits are not finite; check the base model and the precision")
         return margins
 

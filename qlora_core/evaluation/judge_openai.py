@@ -35,7 +35,7 @@ TEMPLATE_TOKENS_PER_MESSAGE = 32
 GPT4_FAMILY = frozenset(
     {"gpt-4", "gpt-4-0613", "gpt-4-turbo", "gpt-4o", "gpt-4o-2024-08-06", "gpt-4.1", "gpt-4.1-2025-04-14"}
 )
-"""Taken as certified on OpenAI's own endpoint, on the published agreement of the family with people; all else is not."""
+"""Taken as certified on OpenAI's own endpoint, on the family's published agreement with people; all else is not."""
 
 
 class OpenAIJudge:
@@ -67,6 +67,10 @@ class OpenAIJudge:
         self._broken: str | None = None
         self._heard = False
 
+    def check(self) -> None:
+        """Reach the endpoint without paying; JudgeError where nothing answers there or the key is refused."""
+        self._client.check()
+
     def decide(self, questions: Sequence[Question], advance: Callable[[float], None]) -> list[Judgement]:
         """One judgement per question, in order. What the cache has scored is not asked; equal questions are asked once.
 
@@ -86,7 +90,9 @@ class OpenAIJudge:
         self.cost_usd += budget.spent_usd
         return [settled[key] for key in keys]
 
-    def _ask_all(self, questions: Mapping[str, Question], budget: Budget) -> Generator[tuple[str, Judgement], None, None]:
+    def _ask_all(
+        self, questions: Mapping[str, Question], budget: Budget
+    ) -> Generator[tuple[str, Judgement], None, None]:
         remaining = list(questions.items())
         while remaining and not self._heard and self._broken is None:
             # One call at a time until the endpoint is known to work: a wrong key or address costs one call, not a storm
@@ -136,7 +142,9 @@ class OpenAIJudge:
             outcome = self._client.ask(messages)
             latency_s = time.monotonic() - started_s
             if isinstance(outcome, Failure):
-                self._cache.record(key, Attempt(Judgement(None, outcome.reason), raw=outcome.advice, latency_s=latency_s))
+                self._cache.record(
+                    key, Attempt(Judgement(None, outcome.reason), raw=outcome.advice, latency_s=latency_s)
+                )
                 self._heard = self._heard or outcome.reason == "malformed"
                 return outcome
             cost_usd = self._cost_usd(outcome, most_usd)
@@ -237,7 +245,7 @@ def open_openai_judge(
 
 
 def judge_reply(reply: Reply) -> Judgement:
-    """What a completed call says. Cut short, refused, filtered and empty replies are unscored, whatever text they hold."""
+    """What a completed call says. Cut short, refused, filtered and empty replies are unscored, whatever they hold."""
     if reply.refusal:
         return Judgement(None, "refusal")
     if reply.finish_reason == "length":

@@ -1,7 +1,7 @@
 """Pairwise judging of two systems in both orders, and what the verdicts add up to.
 
-Knows the protocol a judge answers and the statistics of its verdicts, not how any judge decides. The unit is the prompt:
-the two orders of one prompt are never counted as independent.
+Knows the protocol a judge answers and the statistics of its verdicts, not how any judge decides. The unit is the
+prompt: the two orders of one prompt are never counted as independent.
 """
 
 from collections import Counter, defaultdict
@@ -15,6 +15,7 @@ from qlora_core.evaluation.bootstrap import ratio_interval
 from qlora_core.evaluation.verdict import Verdict
 
 IDENTICAL = "identical answers"
+SHOWN_FIRST: dict[Literal["ab", "ba"], Literal["a", "b"]] = {"ab": "a", "ba": "b"}
 ONE_SLOT_SHARE = 0.9
 ONE_SLOT_MIN_VERDICTS = 10
 
@@ -62,17 +63,21 @@ def judge_pairs(
 ) -> list[Verdict]:
     """Two verdicts per pair, a shown first and b shown first, in the pairs' order.
 
-    Equal answers (white space at the ends aside) are ties without asking: no judge can tell them apart, and asking costs.
+    Equal answers (white space at the ends aside) are ties without asking: nobody can tell them apart, and asking costs.
     """
     asked = [pair for pair in pairs if pair.answer_a.strip() != pair.answer_b.strip()]
     advance(2 * (len(pairs) - len(asked)))
     questions = [question for pair in asked for question in _both_orders(pair)]
     decided = dict(
-        zip([(q.prompt_id, q.order) for q in questions], judge.decide(questions, advance) if questions else [], strict=True)
+        zip(
+            [(q.prompt_id, q.order) for q in questions],
+            judge.decide(questions, advance) if questions else [],
+            strict=True,
+        )
     )
     verdicts = []
     for pair in pairs:
-        for order, first in (("ab", "a"), ("ba", "b")):
+        for order, first in SHOWN_FIRST.items():
             judgement = decided.get((pair.prompt_id, order), Judgement("tie", IDENTICAL))
             verdicts.append(
                 Verdict(
@@ -93,8 +98,8 @@ def summarise_verdicts(
 ) -> dict[str, Any]:
     """`model`'s win rate and what the judge is worth, from both-order verdicts of two systems.
 
-    win_rate: mean over prompts of the mean over its two orders (win 1, tie .5), interval by bootstrap over prompts; only
-    prompts with both orders scored count, since a single order carries its slot's bias. Null where there is none.
+    win_rate: mean over prompts of the mean over its two orders (win 1, tie .5), interval by bootstrap over prompts;
+    only prompts with both orders scored count, since a single order carries its slot's bias. Null where there is none.
     order_consistency: share of those prompts, equal answers aside, whose two orders agree. first_slot_share: share of
     decided verdicts (no ties) that went to the answer shown first. scored and unscored count rows.
     """
@@ -131,7 +136,7 @@ def summarise_verdicts(
 
 
 def first_slot_share(verdicts: Sequence[Verdict]) -> float | None:
-    """Share of decided verdicts (ties and unscored aside) for the answer shown first; None where nothing was decided."""
+    """Share of decided verdicts (no ties) for the answer shown first; None where nothing was decided."""
     decided = [row for row in verdicts if row.verdict in ("a", "b")]
     return sum(row.verdict == row.first for row in decided) / len(decided) if decided else None
 

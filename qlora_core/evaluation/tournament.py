@@ -1,8 +1,8 @@
 """Ratings from pairwise verdicts: Elo as in the QLoRA paper, or Bradley-Terry with ties and an order effect.
 
 Knows verdict rows of any origin, not who judged them or why. A row is a match; rows of one prompt stay together when
-prompts are resampled. Ties are half a win in Elo and an outcome of their own in Bradley-Terry; unscored rows are counted
-and left out.
+prompts are resampled. Ties are half a win in Elo and an outcome of their own in Bradley-Terry; unscored rows are
+counted and left out.
 """
 
 from collections.abc import Sequence
@@ -111,7 +111,9 @@ def _by_elo(
 ) -> dict[str, Any]:
     index = {name: i for i, name in enumerate(models)}
     # One order of rows for one set of rows, so that a shuffled file plays the same seeded orders
-    rows = sorted(scored, key=lambda row: (row.prompt_id, row.model_a, row.model_b, row.first, row.verdict or "", row.judge))
+    rows = sorted(
+        scored, key=lambda row: (row.prompt_id, row.model_a, row.model_b, row.first, row.verdict or "", row.judge)
+    )
     matches = Matches(
         np.array([index[row.model_a] for row in rows]),
         np.array([index[row.model_b] for row in rows]),

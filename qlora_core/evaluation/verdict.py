@@ -1,4 +1,4 @@
-"""Verdict rows: one judged comparison of two systems' answers. Knows the row's form, not how it was judged or is rated."""
+"""Verdict rows: one judged comparison of two systems' answers. Knows the row's form, not who judges or rates."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal

@@ -53,8 +53,8 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, expected_base_digest:
     `expected_base_digest`: digest of the quantized base in use, which the folder's `qlora.json` must name too.
 
     Raises:
-        ModelError: naming the first difference: a missing, damaged or pickled file, an adapter that is not plain LoRA, a
-            tensor that is missing, unknown, misshapen or not finite, or another base's digest.
+        ModelError: naming the first difference: a missing, damaged or pickled file, an adapter that is not plain LoRA,
+            a tensor that is missing, unknown, misshapen or not finite, or another base's digest.
     """
     config = read_adapter_config(folder)
     _check_base_digest(folder, expected_base_digest)
@@ -68,8 +68,8 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     """The LoRA settings of a PEFT folder.
 
     Raises:
-        ModelError: no or invalid `adapter_config.json`, or settings beyond A and B factors on Linear layers (DoRA, biases,
-            fully trained modules, layer replication).
+        ModelError: no or invalid `adapter_config.json`, or settings beyond A and B factors on Linear layers (DoRA,
+            biases, fully trained modules, layer replication).
     """
     raw = _read_json(folder / CONFIG_FILE, "name a PEFT adapter folder")
     if raw.get("peft_type") != "LORA":
@@ -83,7 +83,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         beyond["bias"] = raw["bias"]
     if beyond or not isinstance(config, LoraConfig) or not config.target_modules:
         raise ModelError(
-            f"{folder / CONFIG_FILE} asks for more or less than LoRA factors on named modules ({beyond or 'no targets'}); "
+            f"{folder / CONFIG_FILE} asks for more or less than LoRA on named modules ({beyond or 'no targets'}); "
             "train the adapter with target_modules alone"
         )
     return config
@@ -97,7 +97,9 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        pickled = " It has adapter_model.bin, a pickle, which is refused." if (folder / "adapter_model.bin").is_file() else ""
+        pickled = (
+            " It has adapter_model.bin, a pickle, which is refused." if (folder / "adapter_model.bin").is_file() else ""
+        )
         raise ModelError(f"{folder} has no {WEIGHTS_FILE}.{pickled} Export the adapter with safe_serialization=True")
     read_safetensors_header(path)
     try:
@@ -118,13 +120,17 @@ def expected_shapes(base: PreTrainedModel, config: LoraConfig) -> dict[str, tupl
         if not found:
             continue
         if not isinstance(module, (torch.nn.Linear, Conv1D)):
-            raise ModelError(f"the adapter targets {name}, a {type(module).__name__}; only Linear layers can carry LoRA here")
+            raise ModelError(
+                f"the adapter targets {name}, a {type(module).__name__}; only Linear layers can carry LoRA here"
+            )
         wide_in, wide_out = _features(module)
         rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
         shapes[f"{_PREFIX}{name}.lora_A.weight"] = (rank, wide_in)
         shapes[f"{_PREFIX}{name}.lora_B.weight"] = (wide_out, rank)
     if not shapes:
-        raise ModelError(f"the adapter's target_modules {config.target_modules} name no module of this base; use its own base")
+        raise ModelError(
+            f"the adapter's target_modules {config.target_modules} name no module of this base; use its own base"
+        )
     return shapes
 
 
@@ -138,7 +144,7 @@ def adapter_norms(folder: Path) -> AdapterNorms:
 
 
 def golden_logits(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """For each prompt (token ids, not empty) alone: the logits [vocabulary] after its last token, float32 on the CPU."""
+    """For each prompt (token ids, not empty) alone: the logits [vocabulary] after its last token, in float32 on CPU."""
     was_training = model.training
     model.eval()
     with torch.inference_mode():
@@ -153,7 +159,9 @@ def golden_logits(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence
 def write_golden(folder: Path, golden: Golden) -> None:
     """Write the prompts as JSON and the logits as safetensors beside the adapter."""
     if not golden.prompts or len(golden.prompts) != len(golden.logits):
-        raise ModelError(f"{len(golden.prompts)} golden prompts and {len(golden.logits)} logits: one each, at least one, are needed")
+        raise ModelError(
+            f"{len(golden.prompts)} golden prompts and {len(golden.logits)} logits: one each, at least one, are needed"
+        )
     content = {"prompts": [list(prompt) for prompt in golden.prompts]}
     (folder / GOLDEN_PROMPTS_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
     save_file(
@@ -175,7 +183,9 @@ def read_golden(folder: Path) -> Golden:
     read_safetensors_header(path)
     tensors = load_file(path)
     if not isinstance(prompts, list) or sorted(tensors) != sorted(f"logits_{place}" for place in range(len(prompts))):
-        raise ModelError(f"{folder}: {GOLDEN_PROMPTS_FILE} and {GOLDEN_LOGITS_FILE} do not match; export the adapter again")
+        raise ModelError(
+            f"{folder}: {GOLDEN_PROMPTS_FILE} and {GOLDEN_LOGITS_FILE} do not match; export the adapter again"
+        )
     return Golden(prompts=prompts, logits=[tensors[f"logits_{place}"] for place in range(len(prompts))])
 
 
@@ -206,7 +216,9 @@ def verify_golden(model: PreTrainedModel | PeftModel, folder: Path, *, atol: flo
 def _check_base_digest(folder: Path, expected: str | None) -> None:
     if expected is None:
         return
-    provenance = _read_json(folder / PROVENANCE_FILE, "only adapters exported with their provenance can be bound to a base")
+    provenance = _read_json(
+        folder / PROVENANCE_FILE, "only adapters exported with their provenance can be bound to a base"
+    )
     found = provenance.get("quantized_base_digest")
     if found != expected:
         raise ModelError(
@@ -219,16 +231,22 @@ def _check_fit(folder: Path, wanted: Mapping[str, tuple[int, ...]], found: Mappi
     path = folder / WEIGHTS_FILE
     missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing:
-        raise ModelError(f"{path} lacks {len(missing)} of {len(wanted)} tensors, the first: {missing[0]}; export it again")
+        raise ModelError(
+            f"{path} lacks {len(missing)} of {len(wanted)} tensors, the first: {missing[0]}; export it again"
+        )
     if unknown:
-        raise ModelError(f"{path} holds {len(unknown)} tensors that this base has no place for, the first: {unknown[0]}")
+        raise ModelError(
+            f"{path} holds {len(unknown)} tensors that this base has no place for, the first: {unknown[0]}"
+        )
     for name in sorted(wanted):
         if tuple(found[name].shape) != wanted[name]:
             raise ModelError(
                 f"{path}: {name} has shape {list(found[name].shape)}, this base and rank need {list(wanted[name])}"
             )
         if not torch.isfinite(found[name]).all():
-            raise ModelError(f"{path}: {name} holds NaN or infinity; train the adapter again with a lower learning rate")
+            raise ModelError(
+                f"{path}: {name} holds NaN or infinity; train the adapter again with a lower learning rate"
+            )
 
 
 def _features(module: torch.nn.Module) -> tuple[int, int]:

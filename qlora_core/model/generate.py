@@ -26,9 +26,9 @@ def generate_answers(
     """The most probable continuation of each prompt, token by token, in the order of the prompts.
 
     Prompts hold their special tokens as text already; none is added. An answer ends before the stop token, after
-    `max_new_tokens`, or where the model's positions end; special tokens are left out of its text. Prompts are batched by
-    length and padded on the left, so that the batch size changes an answer only where two tokens tie to rounding. Sampling
-    and other settings of the base's generation_config.json are not used.
+    `max_new_tokens`, or where the model's positions end; special tokens are left out of its text. Prompts are batched
+    by length and padded on the left, so that the batch size changes an answer only where two tokens tie to rounding.
+    Sampling and other settings of the base's generation_config.json are not used.
 
     Raises:
         ModelError: a prompt is empty, or fills the model's positions and leaves no room to answer.
@@ -75,19 +75,19 @@ def _answer(
     stop_token_id: int,
 ) -> list[str]:
     longest = max(len(ids) for ids in prompt_ids)
-    ids_BT = torch.full((len(prompt_ids), longest), _PADDING_ID, dtype=torch.long)
-    attention_BT = torch.zeros((len(prompt_ids), longest), dtype=torch.long)
+    ids_bt = torch.full((len(prompt_ids), longest), _PADDING_ID, dtype=torch.long)
+    attention_bt = torch.zeros((len(prompt_ids), longest), dtype=torch.long)
     for place, ids in enumerate(prompt_ids):
-        ids_BT[place, longest - len(ids) :] = torch.tensor(list(ids), dtype=torch.long)
-        attention_BT[place, longest - len(ids) :] = 1
+        ids_bt[place, longest - len(ids) :] = torch.tensor(list(ids), dtype=torch.long)
+        attention_bt[place, longest - len(ids) :] = 1
     with torch.inference_mode():
-        output_BT = model.generate(
-            input_ids=ids_BT.to(model.device),
-            attention_mask=attention_BT.to(model.device),
+        output_bt = model.generate(
+            input_ids=ids_bt.to(model.device),
+            attention_mask=attention_bt.to(model.device),
             max_new_tokens=max_new_tokens,
             use_cache=True,
         )
-    continuations = output_BT[:, longest:].tolist()
+    continuations = output_bt[:, longest:].tolist()
     return [tokenizer.decode(_until(ids, stop_token_id), skip_special_tokens=True) for ids in continuations]
 
 

@@ -1,6 +1,6 @@
 """Cross-entropy of token rows under a model, summed per row. Knows nothing of texts, windows or averages.
 
-Shapes: B rows of a batch, T tokens, V vocabulary, N scored tokens of one row.
+Shapes, as suffixes of names: b rows of a batch, t tokens, v vocabulary, n counted tokens of one row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,21 +19,23 @@ class ScoredRow(Protocol):
     """A tokenized row: `loss_mask[i]` says whether `input_ids[i]` counts when it is predicted from those before it."""
 
     @property
-    def input_ids(self) -> Sequence[int]: ...
+    def input_ids(self) -> Sequence[int]:
+        """Token ids."""
+        ...
 
     @property
-    def loss_mask(self) -> Sequence[bool]: ...
+    def loss_mask(self) -> Sequence[bool]:
+        """One per token: whether it counts."""
+        ...
 
 
-def sequence_losses(
-    model: PreTrainedModel, rows: Sequence[ScoredRow], *, batch_size: int
-) -> list[tuple[float, int]]:
+def sequence_losses(model: PreTrainedModel, rows: Sequence[ScoredRow], *, batch_size: int) -> list[tuple[float, int]]:
     """For each row, in the given order: the sum of -ln p over its counted tokens (nats), and how many those are.
 
-    Row i gives sum over t >= 1 with loss_mask[t] of -ln p(input_ids[t] | input_ids[:t]). The first token is predicted from
-    nothing and never counts; a row without counted tokens gives (0.0, 0). Softmax is taken in float32 (or the logits' own
-    dtype if wider), sums in float64. Rows are batched by length, padded on the right and masked, so that the batch
-    size changes a result by rounding only. The model is used as it is; put it into eval mode first.
+    A row gives the sum over t >= 1 with loss_mask[t] of -ln p(input_ids[t] | input_ids[:t]). The first token is
+    predicted from nothing and never counts; a row without counted tokens gives (0.0, 0). Softmax is taken in float32
+    (or the logits' own dtype if wider), sums in float64. Rows are batched by length, padded on the right and masked, so
+    that the batch size changes a result by rounding only. The model is used as it is; put it into eval mode first.
 
     Raises:
         ModelError: a mask and its ids differ in length, or a row is longer than the model's positions.
@@ -81,21 +83,21 @@ def _check_rows(rows: Sequence[ScoredRow], limit: int | None) -> None:
 
 def _batch_losses(model: PreTrainedModel, rows: Sequence[ScoredRow]) -> list[tuple[float, int]]:
     longest = max(len(row.input_ids) for row in rows)
-    ids_BT = torch.full((len(rows), longest), _PADDING_ID, dtype=torch.long)
-    attention_BT = torch.zeros((len(rows), longest), dtype=torch.long)
+    ids_bt = torch.full((len(rows), longest), _PADDING_ID, dtype=torch.long)
+    attention_bt = torch.zeros((len(rows), longest), dtype=torch.long)
     for place, row in enumerate(rows):
-        ids_BT[place, : len(row.input_ids)] = torch.tensor(list(row.input_ids), dtype=torch.long)
-        attention_BT[place, : len(row.input_ids)] = 1
-    ids_BT, attention_BT = ids_BT.to(model.device), attention_BT.to(model.device)
+        ids_bt[place, : len(row.input_ids)] = torch.tensor(list(row.input_ids), dtype=torch.long)
+        attention_bt[place, : len(row.input_ids)] = 1
+    ids_bt, attention_bt = ids_bt.to(model.device), attention_bt.to(model.device)
     with torch.inference_mode():
-        logits_BTV = model(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits
-        return [_row_loss(logits_BTV[place], ids_BT[place], row) for place, row in enumerate(rows)]
+        logits_btv = model(input_ids=ids_bt, attention_mask=attention_bt, use_cache=False).logits
+        return [_row_loss(logits_btv[place], ids_bt[place], row) for place, row in enumerate(rows)]
 
 
-def _row_loss(logits_TV: torch.Tensor, ids_T: torch.Tensor, row: ScoredRow) -> tuple[float, int]:
+def _row_loss(logits_tv: torch.Tensor, ids_t: torch.Tensor, row: ScoredRow) -> tuple[float, int]:
     places = [place for place, counts in enumerate(row.loss_mask) if counts and place > 0]
-    targets_N = torch.tensor(places, device=logits_TV.device)
-    logits_NV = logits_TV[targets_N - 1]
-    wide = torch.promote_types(logits_NV.dtype, torch.float32)
-    nats_N = cross_entropy(logits_NV.to(wide), ids_T[targets_N], reduction="none")
-    return nats_N.double().sum().item(), len(places)
+    targets_n = torch.tensor(places, device=logits_tv.device)
+    logits_nv = logits_tv[targets_n - 1]
+    wide = torch.promote_types(logits_nv.dtype, torch.float32)
+    nats_n = cross_entropy(logits_nv.to(wide), ids_t[targets_n], reduction="none")
+    return nats_n.double().sum().item(), len(places)

@@ -107,10 +107,9 @@ def _build_sweep(job: Job, inputs: Inputs, out: Path) -> None:
 
 def judge_kind(job: Job) -> str:
     """Which judge `auto` means here: the endpoint when its key is in the environment, else the offline one."""
-    kind = job.config.evaluate.judge.kind
-    if kind != "auto":
-        return kind
-    return "openai" if os.environ.get("OPENAI_API_KEY") else "offline"
+    from qlora_core.evaluation.judge_client import resolve_kind
+
+    return resolve_kind(job.config.evaluate.judge, os.environ)
 
 
 def _evaluate_key(job: Job, inputs: Manifests) -> StageKey:

@@ -38,7 +38,7 @@ _DTYPE_BITS = {
 _QUANTIZABLE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LARGEST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _CONVERT = (
-    "convert it once, where you trust the file: python -c \"from transformers import AutoModelForCausalLM as M; "
+    'convert it once, where you trust the file: python -c "from transformers import AutoModelForCausalLM as M; '
     "M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\", copy the tokenizer files beside it, and "
     "name that folder"
 )
@@ -73,7 +73,7 @@ def check_checkpoint(folder: Path) -> None:
     if wrong:
         dtype, name = next(iter(sorted(wrong.items())))
         raise ModelError(
-            f"{folder}: tensor {name} is stored as {dtype}; {', '.join(_QUANTIZABLE)} can be quantized; "
+            f"{folder}: tensor {name} is stored as {dtype}; {', '.join(_QUANTIZABLE.values())} can be quantized; "
             "convert the checkpoint to one of these first"
         )
     if not any(_can_quantize(tensor) for tensor in tensors.values()):
@@ -93,7 +93,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} has no config.json, so it is no checkpoint; name the folder that has one")
     config = _read_json_object(path)
     if not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{path} names no model_type (such as \"llama\"); it is no model config of transformers")
+        raise ModelError(f'{path} names no model_type (such as "llama"); it is no model config of transformers')
     return config
 
 
@@ -238,7 +238,9 @@ def _read_entry(path: Path, name: str, entry: Any) -> tuple[StoredTensor, tuple[
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f"the header's entry of tensor {name} cannot be read: {entry!r:.200}") from error
     if stop - start != size:
-        raise _damaged(path, f"tensor {name} ({dtype} {list(shape)}) needs {size} bytes, its entry spans {stop - start}")
+        raise _damaged(
+            path, f"tensor {name} ({dtype} {list(shape)}) needs {size} bytes, its entry spans {stop - start}"
+        )
     return StoredTensor(dtype=dtype, shape=shape, size_bytes=size), (start, stop)
 
 

@@ -1,8 +1,8 @@
 """Exact values of stored 4-bit weights on every device. Knows bitsandbytes' format and operators, and no modules.
 
 bitsandbytes 0.50.2's CPU operator takes every row to start a new block when the CPU has AVX-512: where in_features is a
-multiple of 32 but not of the blocksize, blocks cross rows and its values are wrong by 10 to 25 % (relative L2, measured).
-Seen as rows of one block each, the same bytes come out right, so that is how they are asked for here.
+multiple of 32 but not of the blocksize, blocks cross rows and its values are wrong by 10 to 25 % (relative L2,
+measured). Seen as rows of one block each, the same bytes come out right, so that is how they are asked for here.
 """
 
 from collections.abc import Sequence

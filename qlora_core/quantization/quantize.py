@@ -5,7 +5,6 @@ quantized, refuses what would be silently spoilt, measures the error and proves 
 loads the whole source into memory, and knows nothing of stages or stores.
 """
 
-import gc
 import json
 import logging
 import math
@@ -50,13 +49,13 @@ def quantize_checkpoint(source: Path, out: Path, config: QuantizeConfig) -> dict
     """Quantize the Linear weights of `source` into the new or empty folder `out`; returns its `quantization.json`.
 
     Output embeddings stay in full precision whatever `skip_modules` says, as do embeddings, norms and biases. Tokenizer
-    files are copied. The caller publishes `out`: after an error it holds half a checkpoint. Quantizes on the GPU if there
-    is one: its codes can differ from the CPU's where a weight lies on a threshold to the last bit.
+    files are copied. The caller publishes `out`: after an error it holds half a checkpoint. Quantizes on the GPU if
+    there is one: its codes can differ from the CPU's where a weight lies on a threshold to the last bit.
 
-    The report: `parameters` (all, tied ones once); `bits_per_parameter` (see there); `relative_l2` (norm of the error over
-    the norm of the weights, all quantized weights together); `layers` (the same by layer, with the largest absolute
-    error); `kept` (parameters in full precision); `type`, `blocksize`, `double_quant`; `device` and `bitsandbytes` that
-    made it; `seconds`; `peak_rss_bytes` of the process.
+    The report: `parameters` (all, tied ones once); `bits_per_parameter` (see there); `relative_l2` (norm of the error
+    over the norm of the weights, all quantized weights together); `layers` (the same by layer, with the largest
+    absolute error); `kept` (parameters in full precision); `type`, `blocksize`, `double_quant`; `device` and
+    `bitsandbytes` that made it; `seconds`; `peak_rss_bytes` of the process.
 
     Raises:
         ModelError: the source is unusable (see `check_checkpoint`), no causal language model, or holds NaN or infinity;
@@ -119,7 +118,8 @@ def bits_per_parameter(folder: Path, shapes: dict[str, list[int]]) -> float:
     tensors = read_tensors(folder)
     stored = ("weight", "weight.absmax", "weight.nested_absmax")
     written = (tensors.get(f"{name}.{part}") for name in shapes for part in stored)
-    return 8 * sum(tensor.size_bytes for tensor in written if tensor) / sum(math.prod(shape) for shape in shapes.values())
+    size_bytes = sum(tensor.size_bytes for tensor in written if tensor)
+    return 8 * size_bytes / sum(math.prod(shape) for shape in shapes.values())
 
 
 def peak_rss_bytes() -> int:
@@ -132,7 +132,9 @@ def _load_source(source: Path) -> PreTrainedModel:
     model = load_model(source, dtype=getattr(torch, checkpoint_dtype(source)))
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise ModelError(f"{source}: {name} holds NaN or infinity, which would spoil its blocks; repair the checkpoint")
+            raise ModelError(
+                f"{source}: {name} holds NaN or infinity, which would spoil its blocks; repair the checkpoint"
+            )
         if parameter.ndim == 3:
             raise ModelError(
                 f"{source}: {name} has shape {list(parameter.shape)}: fused experts (mixture of experts) are no Linear "
@@ -172,7 +174,9 @@ def _quantize_linears(model: PreTrainedModel, wanted: StorageFormat) -> list[dic
             target = model.get_submodule(name)
             if not isinstance(target, Linear4bit):
                 kind = type(module).__name__
-                raise ModelError(f"{name} is a {kind}, which bitsandbytes cannot store; add it to quantize.skip_modules")
+                raise ModelError(
+                    f"{name} is a {kind}, which bitsandbytes cannot store; add it to quantize.skip_modules"
+                )
             target.weight = _quantize_weight(weight, wanted, target)
             target.bias = module.bias
             crossing += blocks_cross_rows(target.weight.quant_state)
@@ -231,7 +235,9 @@ def _write(model: PreTrainedModel, source: Path, folder: Path) -> None:
         with without_bars():
             model.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"the checkpoint cannot be written to {folder}: {error}; free space or allow writing") from error
+        raise StoreError(
+            f"the checkpoint cannot be written to {folder}: {error}; free space or allow writing"
+        ) from error
     extra = tokenizer_files(source)
     generation = source / "generation_config.json"
     for name, path in ({"generation_config.json": generation} if generation.is_file() else {}).items() | extra.items():
@@ -242,7 +248,6 @@ def _write(model: PreTrainedModel, source: Path, folder: Path) -> None:
 
 def _prove(model: PreTrainedModel, folder: Path, wanted: StorageFormat) -> None:
     """Load the written folder as any user would and compare every value with what was meant to be written."""
-    gc.collect()
     loaded = load_model(folder, device_map={"": "cpu"})
     audit_quantized(loaded, wanted)
     restored = dict(loaded.named_parameters())

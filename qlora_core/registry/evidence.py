@@ -32,7 +32,7 @@ def evidence_for(
     evaluation: Mapping[str, Any],
     champion: Mapping[str, Any] | None,
     policy: GateConfig,
-    decision: Decision,
+    decision: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The evidence of one version as JSON data. Figures that are not finite become null, which no gate accepts."""
     return _finite(
@@ -44,7 +44,7 @@ def evidence_for(
             "evaluation": dict(evaluation),
             "champion": dict(champion) if champion is not None else None,
             "policy": policy.model_dump(mode="json"),
-            "decision": {"verdict": decision.verdict, "reasons": list(decision.reasons)},
+            "decision": {"verdict": decision["verdict"], "reasons": list(decision["reasons"])},
         }
     )
 
@@ -80,10 +80,10 @@ def read_evidence(client: "MlflowClient", version: RegisteredVersion) -> dict[st
     return evidence
 
 
-def decide_again(evidence: Mapping[str, Any]) -> Decision:
-    """The gate's decision on recorded evidence under its recorded policy; RegistryError for an unknown policy."""
+def decide_again(evidence: Mapping[str, Any], policy: GateConfig | None = None) -> Decision:
+    """The gate's decision on recorded evidence, under the recorded policy or the one given. Raises RegistryError."""
     try:
-        policy = GateConfig.model_validate(evidence["policy"])
+        policy = policy or GateConfig.model_validate(evidence["policy"])
     except ValidationError as error:
         raise RegistryError(
             f"the recorded gate policy is not one this version knows: {error}; evaluate again"

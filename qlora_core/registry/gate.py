@@ -51,7 +51,8 @@ def decide(evaluation: Mapping[str, Any], champion: Mapping[str, Any] | None, po
         findings = list(_findings(evaluation, champion, policy))
     except _UnusableEvidenceError as error:
         return Decision("INVALID", (f"The evidence cannot be used: {error}.",))
-    verdict = min((finding.verdict for finding in findings), key=_SEVERITY.index)
+    found = {finding.verdict for finding in findings}
+    verdict = next(verdict for verdict in _SEVERITY if verdict in found)
     return Decision(verdict, tuple(finding.sentence for finding in findings))
 
 

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_core.config.gate import GateConfig
 from qlora_core.errors import RegistryError
 from qlora_core.registry.aliases import CHALLENGER, CHAMPION, alias_version, former_champions, move_champion
 from qlora_core.registry.connection import connect, sqlite_file, without_credentials
@@ -26,14 +27,20 @@ _log = logging.getLogger(__name__)
 
 
 def promote(
-    tracking_uri: str, model_name: str, *, version: str | None = None, force_reason: str | None = None
+    tracking_uri: str,
+    model_name: str,
+    version: str | None = None,
+    policy: GateConfig | None = None,
+    *,
+    force_reason: str | None = None,
 ) -> dict[str, Any]:
     """Decide again on a version's recorded evidence, and make it champion if the verdict is PROMOTE.
 
-    `version` None means the challenger. `force_reason` moves the alias whatever the verdict, recorded with that reason;
-    it never excuses files that differ from those registered or that were not proven to load. A champion that changed
-    since the evidence was made turns PROMOTE into HOLD. Keys: verdict (the gate's, forced or not), reasons, champion
-    (after), previous (before), version, forced. Raises RegistryError.
+    `version` None means the challenger; `policy` None means the one recorded with the evidence. `force_reason` moves
+    the alias whatever the verdict, recorded with that reason; it never excuses files that differ from those registered
+    or that were not proven to load. A champion that changed since the evidence was made turns PROMOTE into HOLD. Keys:
+    verdict (the gate's, forced or not), reasons, champion (after), previous (before), version, forced. Raises
+    RegistryError.
     """
     if force_reason is not None:
         _check_reason(force_reason)
@@ -41,7 +48,7 @@ def promote(
     wanted = _wanted(client, model_name, version)
     previous = alias_version(client, model_name, CHAMPION)
     evidence = read_evidence(client, wanted)
-    decision = decide_again(evidence)
+    decision = decide_again(evidence, policy)
     expected = compared_champion(evidence["champion"])
     if decision.verdict == "PROMOTE" and previous not in (expected, wanted.version):
         decision = Decision("HOLD", (*decision.reasons, champion_changed(expected, previous)))
@@ -57,8 +64,8 @@ def promote(
     return _answer(decision, champion=champion, previous=previous, version=wanted.version, forced=forced)
 
 
-def rollback(tracking_uri: str, model_name: str, *, to: str | None = None, reason: str) -> dict[str, Any]:
-    """Give the champion alias back to an earlier champion: the one before, or version `to`; recorded with `reason`.
+def rollback(tracking_uri: str, model_name: str, to: str | None, reason: str) -> dict[str, Any]:
+    """Give the champion alias back to an earlier one: the one before (`to` None) or version `to`; `reason` is kept.
 
     The earlier champion's files are verified first. Keys: champion, previous (what was champion), reason. Raises
     RegistryError when there is no earlier champion, when `to` never was champion, or when another process moved the

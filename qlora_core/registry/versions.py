@@ -22,29 +22,11 @@ if TYPE_CHECKING:
 ADAPTER_TAG = "adapter_sha256"
 BASE_TAG = "quantized_base_digest"
 IDEMPOTENCY_TAG = "idempotency_key"
+RUN_KEY_TAG = "run_key"
+# Where an adapter comes from: every version says it. Digests are SHA-256, 64 hex digits.
+LINEAGE_TAGS = ("base_model", "base_revision", BASE_TAG, "data_digest", "config_digest")
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Lineage:
-    """Where an adapter comes from. Digests are SHA-256, 64 hex digits; every field is tagged on the version."""
-
-    base_model: str
-    base_revision: str
-    quantized_base_digest: str
-    data_digest: str
-    config_digest: str
-
-    def tags(self) -> dict[str, str]:
-        """The fields as tags, under their own names."""
-        return {
-            "base_model": self.base_model,
-            "base_revision": self.base_revision,
-            BASE_TAG: self.quantized_base_digest,
-            "data_digest": self.data_digest,
-            "config_digest": self.config_digest,
-        }
 
 
 @dataclass(frozen=True)
@@ -68,13 +50,18 @@ class RegisteredVersion:
 
 
 def register_adapter(
-    client: "MlflowClient", model_name: str, folder: Path, *, run_id: str, run_key: str, lineage: Lineage
+    client: "MlflowClient", model_name: str, folder: Path, *, run_id: str, run_key: str, lineage: Mapping[str, str]
 ) -> RegisteredVersion:
     """Register an adapter folder as a version of `model_name`; one adapter of one `run_key` gives one version.
 
-    Hold the registry's lock around it: MLflow itself counts every retry as a new version. Raises RegistryError, before
-    anything is written, for a folder with files that may not be registered.
+    `lineage` becomes tags and must name all of LINEAGE_TAGS. Hold the registry's lock around it: MLflow itself counts
+    every retry as a new version. Raises RegistryError, before anything is written, for incomplete lineage and for a
+    folder with files that may not be registered.
     """
+    if missing := [key for key in LINEAGE_TAGS if not lineage.get(key)]:
+        raise RegistryError(
+            f"the lineage lacks {', '.join(missing)}; say where the adapter comes from, then register it"
+        )
     sha256 = adapter_sha256(folder)
     key = digest_json({"run_key": run_key, ADAPTER_TAG: sha256})
     with registry_errors(f"registering an adapter as {model_name!r}"):
@@ -84,7 +71,7 @@ def register_adapter(
             _log.info("Adapter %s is version %s of %s already", sha256[:12], found[0].version, model_name)
             return get_version(client, model_name, str(found[0].version))
         experiment_id = client.get_run(run_id).info.experiment_id
-        tags = {**lineage.tags(), ADAPTER_TAG: sha256, IDEMPOTENCY_TAG: key}
+        tags = {**lineage, ADAPTER_TAG: sha256, IDEMPOTENCY_TAG: key, RUN_KEY_TAG: run_key}
         model = client.create_logged_model(
             experiment_id, name="adapter", source_run_id=run_id, model_type="peft-adapter", tags=tags
         )
@@ -103,6 +90,15 @@ def get_version(client: "MlflowClient", model_name: str, version: str) -> Regist
     return RegisteredVersion(
         model_name, str(found.version), str(found.run_id), dict(found.tags), tuple(sorted(found.aliases))
     )
+
+
+def versions_of_run(client: "MlflowClient", model_name: str, run_key: str) -> list[RegisteredVersion]:
+    """The versions registered under one run key, newest first; empty when there is none, or no such model."""
+    with registry_errors(f"looking for run {run_key} among the versions of {model_name!r}"):
+        found = client.search_model_versions(f"name = '{model_name}' and tags.{RUN_KEY_TAG} = '{run_key}'")
+    return [
+        get_version(client, model_name, number) for number in sorted((str(one.version) for one in found), key=int)[::-1]
+    ]
 
 
 def set_version_tag(client: "MlflowClient", version: RegisteredVersion, key: str, value: str) -> None:

@@ -29,7 +29,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class SweepDriver:
-    """One sweep. `length_of` tells a trial's steps from its settings; `on_trial` gets the row of a trial that changed."""
+    """One sweep. `length_of`: a trial's steps, from its settings; `on_trial` gets the row of a trial that changed."""
 
     def __init__(
         self, study: SweepStudy, sweep: SweepConfig, train: TrainConfig, length_of: LengthOf, on_trial: OnTrial | None

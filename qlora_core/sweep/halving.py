@@ -27,7 +27,7 @@ class Segment:
 
 
 class Halving:
-    """One cohort. `rungs`: for each trial, in the order drawn, the steps it is compared at; equally many, never falling."""
+    """One cohort. `rungs`: for each trial, in the order drawn, the steps it is compared at, equally many."""
 
     def __init__(self, rungs: Mapping[str, Sequence[int]], reduction_factor: int) -> None:
         self._rungs = {trial: tuple(steps) for trial, steps in rungs.items()}
@@ -55,7 +55,7 @@ class Halving:
         return Segment(trial, rung, self._rungs[trial][rung])
 
     def next_segment(self) -> Segment | None:
-        """Take the next segment to dispatch, nearest to its end first, then in the order drawn. None: nothing to do now."""
+        """Take the next segment to dispatch: deepest rung first, then the order drawn. None: nothing to do now."""
         open_segments = [
             segment for trial in self._rungs if trial not in self._running and (segment := self.due(trial)) is not None
         ]

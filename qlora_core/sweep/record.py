@@ -38,7 +38,7 @@ class TrialRecord:
         return {rung["step"]: rung["loss"] for rung in self.rungs}
 
     def add_progress(self, progress: Mapping[str, Any]) -> None:
-        """Take in a worker's report at the end of a segment: the fields of TrialProgress, `seconds` of this segment only.
+        """Take in a worker's report at a segment's end: the fields of TrialProgress, `seconds` of this segment only.
 
         Curve entries of steps that were trained twice (after a worker died) are replaced, not repeated.
         """

@@ -15,7 +15,7 @@ from typing import Any
 from qlora_core.config.compute import ComputeConfig
 from qlora_core.config.sweep import SweepConfig
 from qlora_core.config.train import TrainConfig
-from qlora_core.errors import SweepError
+from qlora_core.errors import DataError, SweepError
 from qlora_core.sweep.adapter_card import write_adapter_card
 from qlora_core.sweep.cluster import Cluster, Outcome, ray_connection
 from qlora_core.sweep.driver import OnTrial, SweepDriver
@@ -150,8 +150,12 @@ def _trained_rows(curated: Path) -> int:
     """Training rows with a trained token; the first token of a row is never predicted, and so never trained."""
     import polars
 
+    path = curated / "train.parquet"
     has_trained_token = polars.col("loss_mask").list.slice(1).list.any()
-    return int(polars.scan_parquet(curated / "train.parquet").select(has_trained_token.sum()).collect().item())
+    try:
+        return int(polars.scan_parquet(path).select(has_trained_token.sum()).collect().item())
+    except (OSError, polars.exceptions.PolarsError) as error:
+        raise DataError(f"{path} is no split of a curated set: {error}; curate the data again") from error
 
 
 def _identity(sweep: SweepConfig, train: TrainConfig, lineage: Mapping[str, str]) -> dict[str, Any]:

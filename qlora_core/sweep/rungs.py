@@ -65,7 +65,7 @@ def _powers(first: int, reduction_factor: int, limit: int) -> list[int]:
 
 
 def expected_steps(rungs: Mapping[str, tuple[int, ...]], reduction_factor: int) -> int:
-    """Optimizer steps that halving will spend on a cohort when nothing fails, trials of mean length assumed. For display."""
+    """Optimizer steps halving spends on a cohort of trials of mean length when nothing fails. For display."""
     if not rungs:
         return 0
     going, spent, before = float(len(rungs)), 0.0, 0.0

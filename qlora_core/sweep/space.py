@@ -70,9 +70,7 @@ def make_sampler(sweep: SweepConfig, number: int, name: str = "") -> "optuna.sam
         return optuna.samplers.GridSampler(_encoded_lists(sweep.space), seed=sweep.seed)
     if sweep.method == "random":
         return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(
-        seed=seed, n_startup_trials=cohort_size(sweep), constant_liar=True, warn_independent_sampling=False
-    )
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=cohort_size(sweep), constant_liar=True)
 
 
 def suggest(trial: "optuna.Trial", name: str, values: list[Any] | FloatRange) -> None:

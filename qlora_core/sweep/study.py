@@ -15,7 +15,6 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.pool import NullPool
 
 from qlora_core.config.sweep import SweepConfig
 from qlora_core.config.train import TrainConfig
@@ -67,6 +66,8 @@ class SweepStudy:
         for step, loss in record.rung_losses.items():
             if step not in trial.intermediate_values:
                 self._storage.set_trial_intermediate_value(trial._trial_id, step, loss)
+        # A grid sampler would stop the study's own loop at its last point, and there is no such loop here.
+        self._study.sampler = optuna.samplers.RandomSampler(seed=0)
         if record.state == "complete":
             self._study.tell(trial.number, record.loss)
         elif record.state in ("pruned", "failed"):
@@ -115,9 +116,7 @@ def open_study(path: Path, sweep: SweepConfig, train: TrainConfig, identity: Map
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        storage = optuna.storages.RDBStorage(
-            f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 60}, "poolclass": NullPool}
-        )
+        storage = optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 60}})
         study = optuna.create_study(
             storage=storage,
             study_name=_STUDY,
@@ -127,7 +126,7 @@ def open_study(path: Path, sweep: SweepConfig, train: TrainConfig, identity: Map
         )
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         raise SweepError(
-            f"cannot open the sweep's study {path}: {error}; make the folder writable, or move the file away to start anew"
+            f"cannot open the study {path}: {error}; make its folder writable, or move the file away to start anew"
         ) from error
     try:
         _check_identity(study, path, identity)

@@ -6,6 +6,7 @@ It is never a mean of micro-batch means, which would weigh a token by its neighb
 optimizers or trials. Shapes: B rows, T positions, K kept positions, V vocabulary.
 """
 
+import functools
 import inspect
 from collections.abc import Iterable
 
@@ -23,7 +24,7 @@ def loss_sum(base: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     """
     labels_BK = batch.labels_BT
     options = {}
-    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+    if _keeps_logits(type(base)):
         kept_K = (labels_BK != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
         labels_BK = labels_BK[:, kept_K]
         options["logits_to_keep"] = kept_K
@@ -35,6 +36,11 @@ def loss_sum(base: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     return functional.cross_entropy(
         logits_BKV.flatten(0, 1), labels_BK.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
+
+
+@functools.cache
+def _keeps_logits(model_class: type[PreTrainedModel]) -> bool:
+    return "logits_to_keep" in inspect.signature(model_class.forward).parameters
 
 
 def accumulate_gradients(base: PreTrainedModel, batches: Iterable[MicroBatch], trained_tokens: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""Alpaca-style records: an instruction, the text it is about, the answer. Dolly and GPTeacher spell the fields their way."""
+"""Alpaca-style records: an instruction, the text it is about, the answer; also as Dolly and GPTeacher spell it."""
 
 from qlora_core.data.readers.format import (
     Fields,

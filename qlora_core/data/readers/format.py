@@ -98,5 +98,12 @@ def _label(fields: Fields, *names: str) -> str | None:
 
 
 def _type_name(value: object) -> str:
-    names = {type(None): "null", dict: "an object", list: "a list", bool: "a boolean", int: "a number", float: "a number"}
+    names = {
+        type(None): "null",
+        dict: "an object",
+        list: "a list",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+    }
     return names.get(type(value), type(value).__name__)

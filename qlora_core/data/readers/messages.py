@@ -1,4 +1,4 @@
-"""OpenAI-style conversations: a list of turns with `role` and `content`, content as text or as parts, weights per turn."""
+"""OpenAI-style conversations: turns with `role` and `content`, content as text or as parts, weights per turn."""
 
 from collections.abc import Mapping, Sequence
 

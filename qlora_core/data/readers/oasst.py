@@ -1,4 +1,4 @@
-"""Open Assistant trees: a prompt with ranked replies, each with replies of its own. A tree gives its single best path."""
+"""Open Assistant trees: a prompt with ranked replies, each with its own. A tree gives its single best path."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from qlora_core.data.readers.format import Fields, Format, make_draft, read_role, read_text
 from qlora_core.data.row import Draft, Message, RowError
 
-# Shown in logs and on the dataset card: published counts for these trees differ because nobody says which rule was used.
+# Shown in logs and on the card: published counts for these trees differ because nobody says which rule was used.
 PATH_RULE = "single best path: at each level the reply of lowest rank, unranked ones last, then in file order"
 DEEPEST_TREE = 200
 

@@ -36,4 +36,6 @@ def _read(fields: Fields) -> Draft:
     return single_exchange(fields, question, read_text(answer, pair[1]))
 
 
-FORMAT = Format("prompt/response", "prompt and response or completion, question and answer, input and output", _matches, _read)
+FORMAT = Format(
+    "prompt/response", "prompt and response or completion, question and answer, input and output", _matches, _read
+)

@@ -1,4 +1,4 @@
-"""One MLflow SQLite registry for all tests here (making its tables takes seconds), and adapters small enough to write."""
+"""One MLflow SQLite registry for all tests here (making its tables takes seconds), and adapters made of a few bytes."""
 
 import json
 from collections.abc import Callable
@@ -16,11 +16,15 @@ from qlora_core.registry.evidence import evidence_for, write_evidence
 from qlora_core.registry.gate import decide
 from qlora_core.registry.register import LOAD_CHECK_TAG
 from qlora_core.registry.tracking import SweepRecord, log_sweep
-from qlora_core.registry.versions import Lineage, RegisteredVersion, get_version, register_adapter, set_version_tag
+from qlora_core.registry.versions import RegisteredVersion, get_version, register_adapter, set_version_tag
 
-LINEAGE = Lineage(
-    base_model="demo", base_revision="r1", quantized_base_digest="b" * 64, data_digest="d" * 64, config_digest="c" * 64
-)
+LINEAGE = {
+    "base_model": "demo",
+    "base_revision": "r1",
+    "quantized_base_digest": "b" * 64,
+    "data_digest": "d" * 64,
+    "config_digest": "c" * 64,
+}
 
 
 @pytest.fixture(scope="session")
@@ -98,15 +102,14 @@ def register(
 
     def do(seed: int, evaluation: dict[str, Any], champion: dict[str, Any] | None = None) -> RegisteredVersion:
         run_key = f"{model_name}-{seed}"
-        record = SweepRecord(run_key, f"sweep {seed}", {}, sweep, LINEAGE.data_digest, LINEAGE.tags())
+        record = SweepRecord(run_key, f"sweep {seed}", {}, sweep, LINEAGE["data_digest"], LINEAGE)
         with registry_lock(tracking_uri):
             run_id = log_sweep(client, experiment_id, record)
             folder = write_adapter(seed)
             version = register_adapter(client, model_name, folder, run_id=run_id, run_key=run_key, lineage=LINEAGE)
         decision = decide(evaluation, champion, GateConfig())
-        evidence = evidence_for(
-            version, evaluation=evaluation, champion=champion, policy=GateConfig(), decision=decision
-        )
+        said = {"verdict": decision.verdict, "reasons": decision.reasons}
+        evidence = evidence_for(version, evaluation=evaluation, champion=champion, policy=GateConfig(), decision=said)
         write_evidence(client, version, evidence)
         set_version_tag(client, version, LOAD_CHECK_TAG, "passed")
         return get_version(client, model_name, version.version)

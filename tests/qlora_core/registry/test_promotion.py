@@ -18,7 +18,13 @@ from qlora_core.registry.champion import current_champion
 from qlora_core.registry.connection import connect, registry_lock, without_credentials
 from qlora_core.registry.history import read_moves
 from qlora_core.registry.promotion import promote, rollback
-from qlora_core.registry.versions import ADAPTER_TAG, RegisteredVersion, download_version, register_adapter
+from qlora_core.registry.versions import (
+    ADAPTER_TAG,
+    LINEAGE_TAGS,
+    RegisteredVersion,
+    download_version,
+    register_adapter,
+)
 
 Register = Callable[..., RegisteredVersion]
 
@@ -63,7 +69,7 @@ def test_registering_again_gives_the_same_version(
             tmp_path / "adapter-1",
             run_id=version.run_id,
             run_key=f"{model_name}-1",
-            lineage=_lineage(version),
+            lineage={key: version.tags[key] for key in LINEAGE_TAGS},
         )
         assert again.version == version.version
     assert len(client.search_model_versions(f"name = '{model_name}'")) == 1
@@ -86,14 +92,14 @@ def test_promote_first_champion_then_better_one_then_roll_back(
     assert (champion.version, champion.quantized_base_digest) == ("2", "b" * 64)
     assert (champion.folder / "adapter_config.json").is_file()
 
-    undone = rollback(tracking_uri, model_name, reason="answers got rude")
+    undone = rollback(tracking_uri, model_name, None, "answers got rude")
     assert (undone["champion"], undone["previous"]) == ("1", "2")
     assert alias_version(client, model_name, "champion") == "1"
     assert alias_version(client, model_name, "previous_champion") is None
     last = read_moves(client, model_name)[-1]
     assert (last.action, last.reason, last.state) == ("rollback", "answers got rude", "done")
     with pytest.raises(RegistryError, match="first champion"):
-        rollback(tracking_uri, model_name, reason="again")
+        rollback(tracking_uri, model_name, None, "again")
 
 
 def test_promoting_the_champion_again_moves_nothing(
@@ -173,7 +179,7 @@ def test_rollback_refuses_an_overwritten_former_champion(
     promote(tracking_uri, model_name, version="2")
     overwrite(stored_weights(client, first))
     with pytest.raises(RegistryError, match="does not hold the adapter"):
-        rollback(tracking_uri, model_name, reason="try")
+        rollback(tracking_uri, model_name, None, "try")
     assert alias_version(client, model_name, "champion") == "2"
 
 
@@ -183,10 +189,10 @@ def test_rollback_only_to_a_version_that_was_champion(
     register(1, better)
     register(2, better)
     with pytest.raises(RegistryError, match="no champion"):
-        rollback(tracking_uri, model_name, reason="why")
+        rollback(tracking_uri, model_name, None, "why")
     promote(tracking_uri, model_name, version="1")
     with pytest.raises(RegistryError, match="no earlier champion"):
-        rollback(tracking_uri, model_name, to="2", reason="why")
+        rollback(tracking_uri, model_name, "2", "why")
     assert alias_version(client, model_name, "champion") == "1"
 
 
@@ -277,10 +283,3 @@ def test_lost_files_are_a_registry_error(
     shutil.rmtree(stored_weights(client, version).parent)
     with pytest.raises(RegistryError):
         download_version(client, version, tmp_path / "download")
-
-
-def _lineage(version: RegisteredVersion) -> Any:
-    from qlora_core.registry.versions import Lineage
-
-    names = ("base_model", "base_revision", "quantized_base_digest", "data_digest", "config_digest")
-    return Lineage(**{name: version.tags[name] for name in names})

@@ -41,6 +41,7 @@ def test_sweep_becomes_a_parent_with_nested_trials(
     best = by_name["t000"]
     assert best.data.params["lora_rank"] == "8"
     assert best.data.tags["data_digest"] == DIGEST
+    assert best.inputs is not None
     assert best.inputs.dataset_inputs[0].dataset.digest == DIGEST[:36]
     history = client.get_metric_history(best.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(1, 1.9), (2, 1.8), (3, 1.7)]
@@ -66,4 +67,4 @@ def test_half_logged_sweep_is_completed(
     client.create_run(experiment_id, tags=child)
     assert log_sweep(client, experiment_id, record("half", sweep, tmp_path / "report.html")) == parent
     runs = client.search_runs([experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
-    assert sorted(run.info.run_name for run in runs) == ["t000", "t001", "t002"]
+    assert sorted(str(run.info.run_name) for run in runs) == ["t000", "t001", "t002"]

@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from qlora_core.config.quantize import QuantizeConfig
 from qlora_core.config.train import TrainConfig
 from qlora_core.data.dataset import TokenRow
 from qlora_core.model.base import load_quantized
-from qlora_core.quantization.quantize import quantize_checkpoint
 from qlora_core.training.trial import Trial
 
 VOCABULARY = 96
@@ -49,7 +47,17 @@ def nf4_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama as a stored NF4 checkpoint with double quantization."""
     folder = tmp_path_factory.mktemp("base")
     _llama(torch.float32).save_pretrained(folder / "plain")
-    quantize_checkpoint(folder / "plain", folder / "nf4", QuantizeConfig())
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["lm_head"],
+    )
+    quantized = AutoModelForCausalLM.from_pretrained(
+        folder / "plain", quantization_config=settings, device_map={"": "cpu"}, dtype=torch.float32
+    )
+    quantized.save_pretrained(folder / "nf4")
     return folder / "nf4"
 
 

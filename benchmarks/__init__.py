@@ -1,0 +1,1 @@
+"""Side by side against peers, in one process, interleaved: `make bench`."""

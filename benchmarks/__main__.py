@@ -1,0 +1,36 @@
+"""Runs every benchmark and writes its figures, with the machine's description, to benchmarks/results/."""
+
+import json
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks import warm_start
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    packages = ("torch", "transformers", "bitsandbytes")
+    return {"cpu": model, "cores": os.cpu_count(), "packages": {name: version(name) for name in packages}}
+
+
+def main() -> None:
+    """Run them all; one JSON file each."""
+    RESULTS.mkdir(exist_ok=True)
+    for module in (warm_start,):
+        name = module.__name__.rpartition(".")[2]
+        figures = {"machine": machine(), **module.measure()}
+        (RESULTS / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+        sys.stdout.write(f"{name}: {json.dumps(figures, indent=1)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Which files a list of sources stands for."""
+
+from pathlib import Path
+
+import pytest
+
+from qlora_core.data.source_files import list_source_files
+from qlora_core.errors import DataError
+
+
+def _touch(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+    return path
+
+
+def test_folder_gives_its_dataset_files_sorted_with_relative_names(tmp_path: Path) -> None:
+    for name in ("sets/b.json", "sets/a/z.jsonl.gz", "sets/README.md", "sets/.hidden.json", "sets/.cache/c.json"):
+        _touch(tmp_path / name)
+
+    assert [file.name for file in list_source_files([tmp_path / "sets"])] == ["sets/a/z.jsonl.gz", "sets/b.json"]
+
+
+def test_names_do_not_depend_on_where_the_folder_lies(tmp_path: Path) -> None:
+    for place in ("here", "there"):
+        _touch(tmp_path / place / "sets" / "a.json")
+
+    names = [[file.name for file in list_source_files([tmp_path / place / "sets"])] for place in ("here", "there")]
+
+    assert names[0] == names[1]
+
+
+def test_file_named_directly_is_taken_whatever_its_suffix(tmp_path: Path) -> None:
+    path = _touch(tmp_path / "rows.txt")
+
+    assert [file.path for file in list_source_files([path])] == [path]
+
+
+def test_equal_names_are_told_apart_and_a_file_is_listed_once(tmp_path: Path) -> None:
+    one, two = _touch(tmp_path / "a/rows.json"), _touch(tmp_path / "b/rows.json")
+
+    assert [file.name for file in list_source_files([one, two, one])] == ["rows.json", "rows.json#2"]
+
+
+def test_missing_source_names_it_and_says_where_relative_paths_start(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.json.*does not exist.*folder of the config file"):
+        list_source_files([tmp_path / "nowhere.json"])
+
+
+def test_folder_without_dataset_files_is_refused(tmp_path: Path) -> None:
+    _touch(tmp_path / "sets/README.md")
+
+    with pytest.raises(DataError, match="folder without dataset files"):
+        list_source_files([tmp_path / "sets"])

@@ -1,0 +1,89 @@
+"""A tiny quantized Llama with a tokenizer of single characters, made once, and adapters for it."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from qlora_core.config.quantize import QuantizeConfig
+from qlora_core.model.base import load_quantized
+from qlora_core.quantization.quantize import quantize_checkpoint
+
+WriteAdapter = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums in a fixed order; and bitsandbytes' fallback operators uncompiled, which would take seconds per shape."""
+    torch.set_num_threads(1)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 inputs to down_proj: blocks of 64 cross rows there, and nowhere else. 64 positions, tied head."""
+    folder = tmp_path_factory.mktemp("models") / "plain"
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=98, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.2,
+            )
+        )  # fmt: skip
+    model.save_pretrained(folder)
+    vocabulary = {token: place for place, token in enumerate(["<unk>", "<s>", "</s>", *map(chr, range(32, 127))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def nf4_folder(plain_folder: Path) -> Path:
+    folder = plain_folder.parent / "nf4"
+    quantize_checkpoint(plain_folder, folder, QuantizeConfig())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(plain_folder: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(plain_folder)
+
+
+@pytest.fixture(scope="session")
+def shared_model(nf4_folder: Path) -> PreTrainedModel:
+    """For tests that leave it as it is."""
+    return load_quantized(nf4_folder, device="cpu")
+
+
+@pytest.fixture
+def model(nf4_folder: Path) -> PreTrainedModel:
+    """For tests that change it."""
+    return load_quantized(nf4_folder, device="cpu")
+
+
+@pytest.fixture
+def write_adapter(tmp_path: Path, nf4_folder: Path) -> WriteAdapter:
+    """Writes a PEFT folder with random factors, made by PEFT itself."""
+
+    def write(name: str = "adapter", **settings: object) -> Path:
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            lora = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "down_proj"], **settings})
+            made = get_peft_model(load_quantized(nf4_folder, device="cpu"), lora)
+            for parameter_name, parameter in made.named_parameters():
+                if "lora_B" in parameter_name:
+                    torch.nn.init.normal_(parameter, std=0.1)
+        made.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return write
