@@ -26,10 +26,12 @@ def promote(
     """
     with reporting(json) as report:
         from qlora_core.config.load import load_config
-        from qlora_core.registry.promote import promote as promote_version
+        from qlora_core.registry.promotion import promote as promote_version
 
         loaded = load_config(config, overrides or ())
-        outcome = promote_version(loaded.tracking_uri, loaded.registry.model_name, version, loaded.gate)
+        outcome = promote_version(
+            loaded.tracking_uri, loaded.registry.model_name, version=version, policy=loaded.gate
+        )
         report.data = outcome
         report.say(f"verdict: {outcome['verdict']}; champion: {outcome['champion'] or 'none'}")
         for reason in outcome["reasons"]:
@@ -52,9 +54,9 @@ def rollback(
     """
     with reporting(json) as report:
         from qlora_core.config.load import load_config
-        from qlora_core.registry.promote import rollback as roll_back
+        from qlora_core.registry.promotion import rollback as roll_back
 
         loaded = load_config(config, overrides or ())
-        outcome = roll_back(loaded.tracking_uri, loaded.registry.model_name, to, reason)
+        outcome = roll_back(loaded.tracking_uri, loaded.registry.model_name, to=to, reason=reason)
         report.data = outcome
         report.say(f"champion: {outcome['champion']} (was {outcome['previous']})")

@@ -62,7 +62,7 @@ def plan(config: ConfigArgument, overrides: SetOption = None, json: JsonOption =
         from qlora_core.pipeline.estimate import estimate_memory, planned_trials
 
         pipeline = open_pipeline(config, overrides)
-        stages = [{"name": stage.name, "key": stage.key, "cached": stage.cached} for stage in pipeline.plan()]
+        stages = [stage.row() for stage in pipeline.plan()]
         memory = estimate_memory(pipeline)
         trials = planned_trials(pipeline.job.config)
         report.data = {"stages": stages, "memory": memory, "trials": trials}

@@ -50,7 +50,7 @@ def run(config: ConfigArgument, overrides: SetOption = None, json: JsonOption = 
 
 def _say_summary(report: Report, summary: dict[str, Any]) -> None:
     for stage in summary["stages"]:
-        report.say(f"{stage['name']:<10} {'cached' if stage['cached'] else f'{stage["seconds"]:.1f} s'}")
+        report.say(f"{stage['name']:<10} " + ("cached" if stage["cached"] else f"{stage['seconds']:.1f} s"))
     report.say("")
     for trial in summary["trials"]:
         report.say(_trial_line(trial, summary["best"]))

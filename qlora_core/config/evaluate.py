@@ -14,25 +14,25 @@ class JudgeConfig(Section):
         "auto", description="auto: openai when OPENAI_API_KEY is set, else offline (uncertified)"
     )
     model: str = "gpt-4.1"
-    base_url: str | None = Field(None, description="any OpenAI-compatible endpoint; default: the client's own")
-    temperature: float | None = Field(0.2, ge=0, le=2, description="the paper's 0.2; null sends none")
-    max_answer_tokens: int = Field(1024, ge=16)
-    timeout_s: float = Field(60.0, gt=0)
-    max_retries: int = Field(4, ge=0)
-    budget_usd: float = Field(5.0, gt=0, description="no call starts once this is spent")
-    input_usd_per_million: float | None = Field(None, ge=0, description="price of a model the price table lacks")
-    output_usd_per_million: float | None = Field(None, ge=0)
+    base_url: str | None = Field(default=None, description="any OpenAI-compatible endpoint; default: the client's own")
+    temperature: float | None = Field(default=0.2, ge=0, le=2, description="the paper's 0.2; null sends none")
+    max_answer_tokens: int = Field(default=1024, ge=16)
+    timeout_s: float = Field(default=60.0, gt=0)
+    max_retries: int = Field(default=4, ge=0)
+    budget_usd: float = Field(default=5.0, gt=0, description="no call starts once this is spent")
+    input_usd_per_million: float | None = Field(default=None, ge=0, description="price of a model the price table lacks")
+    output_usd_per_million: float | None = Field(default=None, ge=0)
 
 
 class EvaluateConfig(Section):
     """Held-out loss, exact match, and pairwise judging on the test split."""
 
-    max_rows: int = Field(500, ge=2, description="test rows scored for loss")
-    max_prompts: int = Field(100, ge=0, description="test prompts answered, matched and judged")
-    max_new_tokens: int = Field(128, ge=1)
-    exact_match_max_words: int = Field(12, ge=1, description="longer references are not compared word for word")
-    batch_size: int = Field(16, ge=1)
-    confidence: float = Field(0.95, gt=0.5, lt=1)
-    resamples: int = Field(2000, ge=100, description="bootstrap resamples of the test rows")
-    seed: int = Field(0, ge=0)
+    max_rows: int = Field(default=500, ge=2, description="test rows scored for loss")
+    max_prompts: int = Field(default=100, ge=0, description="test prompts answered, matched and judged")
+    max_new_tokens: int = Field(default=128, ge=1)
+    exact_match_max_words: int = Field(default=12, ge=1, description="longer references are not compared word for word")
+    batch_size: int = Field(default=16, ge=1)
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    resamples: int = Field(default=2000, ge=100, description="bootstrap resamples of the test rows")
+    seed: int = Field(default=0, ge=0)
     judge: JudgeConfig = JudgeConfig()

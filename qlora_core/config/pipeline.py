@@ -28,7 +28,7 @@ class PipelineConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig()
     registry: RegistryConfig = RegistryConfig()
-    store: str = Field("./.qlora", description="artifact store: a folder or s3://bucket/prefix")
+    store: str = Field(default="./.qlora", description="artifact store: a folder or s3://bucket/prefix")
     compute: ComputeConfig = ComputeConfig()
 
     _folder: Path = PrivateAttr(default_factory=Path.cwd)

@@ -28,8 +28,8 @@ class PruningConfig(Section):
     """Successive halving (Jamieson and Talwalkar 2016): at each rung only the best 1/reduction_factor go on."""
 
     enabled: bool = True
-    min_steps: int | None = Field(None, ge=1, description="first rung; default: a quarter of a trial's steps")
-    reduction_factor: int = Field(2, ge=2)
+    min_steps: int | None = Field(default=None, ge=1, description="first rung; default: a quarter of a trial's steps")
+    reduction_factor: int = Field(default=2, ge=2)
 
 
 class SweepConfig(Section):
@@ -37,10 +37,10 @@ class SweepConfig(Section):
 
     method: Literal["grid", "random", "tpe"] = "grid"
     space: dict[str, list[Any] | FloatRange] = Field(default_factory=dict, description="train field: values or range")
-    trials: int | None = Field(None, ge=1, description="how many to draw; default: the grid's size, else 8")
+    trials: int | None = Field(default=None, ge=1, description="how many to draw; default: the grid's size, else 8")
     pruning: PruningConfig = PruningConfig()
-    seed: int = Field(0, ge=0)
-    max_attempts: int = Field(3, ge=1, description="how often a trial is started again after its worker died")
+    seed: int = Field(default=0, ge=0)
+    max_attempts: int = Field(default=3, ge=1, description="how often a trial is started again after its worker died")
 
     @field_validator("space")
     @classmethod

@@ -10,24 +10,24 @@ from qlora_core.config.section import Section
 class TrainConfig(Section):
     """Settings of one trial. Defaults are the QLoRA paper's for 7B and 13B models (appendix B), sized in epochs."""
 
-    lora_rank: int = Field(64, ge=1, le=1024)
-    lora_alpha: float = Field(16.0, gt=0)
-    lora_dropout: float = Field(0.1, ge=0, lt=1)
+    lora_rank: int = Field(default=64, ge=1, le=1024)
+    lora_alpha: float = Field(default=16.0, gt=0)
+    lora_dropout: float = Field(default=0.1, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    learning_rate: float = Field(2e-4, gt=0, le=1)
+    learning_rate: float = Field(default=2e-4, gt=0, le=1)
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps, acting under every schedule")
-    epochs: float = Field(3.0, gt=0, description="passes over the training rows, unless max_steps is set")
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
-    micro_batch_size: int = Field(4, ge=1)
-    gradient_accumulation_steps: int = Field(4, ge=1, description="effective batch = this times micro_batch_size")
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="share of the steps, acting under every schedule")
+    epochs: float = Field(default=3.0, gt=0, description="passes over the training rows, unless max_steps is set")
+    max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; overrides epochs")
+    micro_batch_size: int = Field(default=4, ge=1)
+    gradient_accumulation_steps: int = Field(default=4, ge=1, description="effective batch = this times micro_batch_size")
     group_by_length: bool = True
     optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = "paged_adamw_32bit"
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(0.3, gt=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=0.3, gt=0)
     gradient_checkpointing: bool = False
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bf16 where it is native")
-    checkpoint_every_steps: int = Field(50, ge=1)
-    seed: int = Field(0, ge=0)
+    precision: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: bf16 where it is native")
+    checkpoint_every_steps: int = Field(default=50, ge=1)
+    seed: int = Field(default=0, ge=0)

@@ -80,7 +80,7 @@ def check_template(chat: ChatTokenizer, rows_seen: int, refusals: Sequence[Refus
         )
 
 
-def text_parts(chat: ChatTokenizer, input_ids: Sequence[int], loss_mask: Sequence[bool]) -> list[tuple[str, bool]]:
+def text_parts(chat: ChatTokenizer, input_ids: list[int], loss_mask: list[bool]) -> list[tuple[str, bool]]:
     """The row's text cut where the mask changes, each part with its flag; decoded from the tokens themselves."""
     ends = [i for i in range(1, len(loss_mask)) if loss_mask[i] != loss_mask[i - 1]]
     bounds = [*ends, len(input_ids)]

@@ -18,7 +18,7 @@ from qlora_core.demo.tokenizer import BOS_TOKEN, PAD_TOKEN, ROLE_TOKENS, STOP_TO
 from qlora_core.errors import ModelError
 from qlora_core.progress import progress_bar
 
-VOCAB_SIZE = 768
+VOCAB_SIZE = 1024
 CONTEXT_TOKENS = 256
 HIDDEN_SIZE = 128  # this and the next are multiples of 64, so that NF4's blocks never cross a row
 INTERMEDIATE_SIZE = 384
@@ -26,7 +26,7 @@ LAYERS = 2
 HEADS = 4
 WINDOW_TOKENS = 128
 BATCH_WINDOWS = 16
-DEFAULT_STEPS = 350
+DEFAULT_STEPS = 320
 WARMUP_STEPS = 30
 MATRIX_LEARNING_RATE = 0.03
 VECTOR_LEARNING_RATE = 0.02
@@ -47,7 +47,7 @@ def build_demo_base(out: Path, *, seed: int = 0, steps: int = DEFAULT_STEPS) -> 
     window_count = steps * BATCH_WINDOWS
     document_count = max(MIN_DOCUMENTS, window_count * WINDOW_TOKENS // TOKENS_PER_DOCUMENT)
     documents = [_rendered(document) for document in pretraining_documents(document_count, random.Random(seed))]
-    tokenizer = train_tokenizer(documents[: 2 * MIN_DOCUMENTS], vocab_size=VOCAB_SIZE, max_tokens=CONTEXT_TOKENS)
+    tokenizer = train_tokenizer(documents[: 4 * MIN_DOCUMENTS], vocab_size=VOCAB_SIZE, max_tokens=CONTEXT_TOKENS)
     windows = _windows(documents, tokenizer)[:window_count]
     with _repeatable(seed):
         model = LlamaForCausalLM(_model_config(tokenizer))
@@ -60,8 +60,8 @@ def build_demo_base(out: Path, *, seed: int = 0, steps: int = DEFAULT_STEPS) -> 
 def _rendered(document: str | list[Turn]) -> str:
     """One document with its special tokens; conversations look exactly as the chat template writes them."""
     if isinstance(document, str):
-        return f"{BOS_TOKEN}{document}{STOP_TOKEN}"
-    return BOS_TOKEN + "".join(f"{ROLE_TOKENS[role]}{content}{STOP_TOKEN}" for role, content in document)
+        return f"{BOS_TOKEN} {document}{STOP_TOKEN}"
+    return BOS_TOKEN + "".join(f"{ROLE_TOKENS[role]} {content}{STOP_TOKEN}" for role, content in document)
 
 
 def _windows(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:

@@ -119,7 +119,7 @@ def _list_end(rng: random.Random) -> Iterator[Task]:
         members = rng.sample(words, rng.randint(3, 5))
         end = rng.choice(("first", "last"))
         answer = members[0] if end == "first" else members[-1]
-        yield Task("list", rng.choice(wordings).format(end), ", ".join(members), answer)
+        yield Task("list", rng.choice(wordings).format(end), f"Words: {', '.join(members)}", answer)
 
 
 def _comparison(rng: random.Random) -> Iterator[Task]:
@@ -128,7 +128,7 @@ def _comparison(rng: random.Random) -> Iterator[Task]:
         pair = rng.sample(range(100), 2)
         which = rng.choice(("larger", "smaller"))
         answer = max(pair) if which == "larger" else min(pair)
-        yield Task("comparison", rng.choice(wordings).format(which), f"{pair[0]} or {pair[1]}", str(answer))
+        yield Task("comparison", rng.choice(wordings).format(which), f"Numbers: {pair[0]} or {pair[1]}", str(answer))
 
 
 def _counting(rng: random.Random) -> Iterator[Task]:

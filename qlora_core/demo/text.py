@@ -40,7 +40,7 @@ def chat(rng: random.Random) -> list[Turn]:
     """A conversation of one or two exchanges, now and then led by a system message."""
     turns: list[Turn] = []
     if rng.random() < 0.1:
-        turns.append(("system", rng.choice(("You are a helpful assistant.", "You like whole sentences."))))
+        turns.append(("system", rng.choice(("You are a friendly helper.", "You like whole sentences."))))
     for _ in range(1 if rng.random() < 0.8 else 2):
         question, answer = rng.choice(_CHAT)(rng)
         turns += [("user", question), ("assistant", answer)]
@@ -120,15 +120,14 @@ def _word_list(rng: random.Random) -> str:
     return rng.choice(
         (
             f"The list was: {', '.join(words)}. It began with {words[0]} and ended with {words[-1]}.",
-            "\n".join([*words, words[0], words[-1]]),
-            f"{', '.join(words)}: first {words[0]}, last {words[-1]}.",
+            f"Words: {', '.join(words)}. The first is {words[0]}, the last is {words[-1]}.",
         )
     )
 
 
-def _echo_line(rng: random.Random) -> str:
-    word = _any_word(rng)
-    return f"{rng.choice(NAMES)} said {word}, and {rng.choice(NAMES)} said {word} too."
+def _repetition(rng: random.Random) -> str:
+    words = [rng.choice((_any_word(rng), str(rng.randint(0, 99)))) for _ in range(rng.randint(3, 7))]
+    return f"Say {', '.join(words)}; again {', '.join(words)}."
 
 
 def _talk_about_thing(rng: random.Random) -> Turn:
@@ -152,14 +151,14 @@ def _talk_about_numbers(rng: random.Random) -> Turn:
 
 def _talk_about_list(rng: random.Random) -> Turn:
     words = [_any_word(rng) for _ in range(rng.randint(2, 4))]
-    question = rng.choice((f"Here is a list: {', '.join(words)}.", f"I have some words: {', '.join(words)}."))
+    question = rng.choice((f"Here is a list. Words: {', '.join(words)}", f"I have some words: {', '.join(words)}."))
     return question, f"{', '.join(words)}: that is a list of {len(words)} words."
 
 
 def _talk_in_words(rng: random.Random) -> Turn:
     word = _any_word(rng)
     question = rng.choice((f"I like the word {word}.", f"Say something about {word}.", f"Do you know {word}?"))
-    return question, rng.choice((f"{word} is a good word.", f"{word}, {word}, {word}.", f"{word.upper()} means {word}."))
+    return question, rng.choice((f"{word} is a good word.", f"{word}, {word}, {word}.", f"{word} I know."))
 
 
 def _any_word(rng: random.Random) -> str:
@@ -189,7 +188,8 @@ _PROSE: tuple[Callable[[random.Random], str], ...] = (
     _comparison,
     _headline,
     _word_list,
-    _echo_line,
+    _repetition,
+    _repetition,
 )
 _CHAT: tuple[Callable[[random.Random], Turn], ...] = (
     _talk_about_thing,

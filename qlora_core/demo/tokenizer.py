@@ -18,16 +18,19 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
-    "<|assistant|>{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
+    "<|assistant|>{% generation %} {{ message['content'] }}<|end|>{% endgeneration %}"
     "{% elif message['role'] in ['system', 'user'] %}"
-    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+    "<|{{ message['role'] }}|> {{ message['content'] }}<|end|>"
     "{% else %}"
     "{{ raise_exception('roles are system, user and assistant, not ' ~ message['role']) }}"
     "{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-"""One special token opens each turn, the stop token ends it; only the assistant's words and stop token are trained."""
+"""One special token opens each turn, the stop token ends it; only the assistant's words and stop token are trained.
+
+A turn's text is led by a blank, so that a word has the same token at the start of an answer as inside a sentence.
+"""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, max_tokens: int) -> PreTrainedTokenizerFast:

@@ -13,12 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from qlora_core.config.evaluate import JudgeConfig
+from qlora_core.config.evaluate import EvaluateConfig, JudgeConfig
 from qlora_core.digest import digest_json
 from qlora_core.errors import JudgeError
-from qlora_core.evaluation.judge_budget import Budget, Prices, judge_prices
+from qlora_core.evaluation.judge_budget import Budget, Prices, estimate_cost_usd, judge_prices
 from qlora_core.evaluation.judge_cache import Attempt, VerdictCache
-from qlora_core.evaluation.judge_client import Failure, JudgeClient, Reply, custom_url
+from qlora_core.evaluation.judge_client import Failure, JudgeClient, Reply, custom_url, resolve_kind
 from qlora_core.evaluation.judge_prompt import PARSER_VERSION, parse_verdict, render_messages
 from qlora_core.evaluation.pairwise import Judgement, Question
 
@@ -242,6 +242,14 @@ def open_openai_judge(
     with closing(JudgeClient(config, environment)) as client, VerdictCache(cache) as verdicts:
         certified = not is_custom and config.model in GPT4_FAMILY
         yield OpenAIJudge(config, client, verdicts, prices, certified=certified, first_backoff_s=first_backoff_s)
+
+
+def planned_cost_usd(config: EvaluateConfig, environment: Mapping[str, str]) -> float:
+    """What the configured judge may cost before anything ran; 0 for a free kind. Raises as `judge_prices`."""
+    if resolve_kind(config.judge, environment) != "openai":
+        return 0.0
+    is_custom = custom_url(config.judge, environment) is not None
+    return estimate_cost_usd(config, judge_prices(config.judge, custom_endpoint=is_custom))
 
 
 def judge_reply(reply: Reply) -> Judgement:

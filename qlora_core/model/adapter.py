@@ -115,6 +115,7 @@ def expected_shapes(base: PreTrainedModel, config: LoraConfig) -> dict[str, tupl
         ModelError: a target is no Linear layer, or no module of the base is a target.
     """
     shapes: dict[str, tuple[int, ...]] = {}
+    ranks = config.rank_pattern or {}
     for name, module in base.named_modules():
         found = check_target_module_exists(config, name)
         if not found:
@@ -124,7 +125,7 @@ def expected_shapes(base: PreTrainedModel, config: LoraConfig) -> dict[str, tupl
                 f"the adapter targets {name}, a {type(module).__name__}; only Linear layers can carry LoRA here"
             )
         wide_in, wide_out = _features(module)
-        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+        rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
         shapes[f"{_PREFIX}{name}.lora_A.weight"] = (rank, wide_in)
         shapes[f"{_PREFIX}{name}.lora_B.weight"] = (wide_out, rank)
     if not shapes:
@@ -249,10 +250,8 @@ def _check_fit(folder: Path, wanted: Mapping[str, tuple[int, ...]], found: Mappi
             )
 
 
-def _features(module: torch.nn.Module) -> tuple[int, int]:
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    return module.in_features, module.out_features
+def _features(module: torch.nn.Linear | Conv1D) -> tuple[int, int]:
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
 def _norm(tensors: Sequence[torch.Tensor]) -> float:

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from transformers import PreTrainedModel
 
 from qlora_core.errors import ConfigError, ModelError
@@ -102,14 +103,15 @@ def _stored_format(folder: Path) -> StorageFormat:
 
 
 def _set_compute_dtype(module: Linear4bit, dtype: torch.dtype) -> None:
+    state: QuantState = module.weight.quant_state  # pyright: ignore[reportAttributeAccessIssue]
     module.compute_dtype = dtype
     module.compute_type_is_set = True
     # The backward pass dequantizes to the state's dtype, the forward pass to the input's: they must be one
-    module.weight.quant_state.dtype = dtype
+    state.dtype = dtype
     # On CPUs with AVX512-BF16 bitsandbytes would repack the weights in place at the first evaluation and compute in
     # bf16 with bf16 absmax from then on (and fail on layers whose width is no multiple of 32)
     module.support_avx512bf16_for_cpu = False
-    if blocks_cross_rows(module.weight.quant_state):
+    if blocks_cross_rows(state):
         module.__class__ = ExactLinear4bit  # in place: names, parameters and PEFT's isinstance checks stay as they are
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import QuantState
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from torch.nn.functional import linear
 
 from qlora_core.quantization.dequantize import dequantize_exact
@@ -15,7 +15,8 @@ class ExactLinear4bit(Linear4bit):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in_features] in any float dtype; returns [..., out_features] in the same. W is frozen."""
-        weight, bias = self.weight, self.bias
+        weight: Any = self.weight
+        bias = self.bias
         dtype = self.compute_dtype or x.dtype
         y = _FrozenLinear.apply(x.to(dtype), weight.data, weight.quant_state)
         return (y if bias is None else y + bias.to(dtype)).to(x.dtype)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -34,9 +35,10 @@ def generate_answers(
         ModelError: a prompt is empty, or fills the model's positions and leaves no room to answer.
     """
     prompt_ids = [tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] for prompt in prompts]
-    budgets = [_budget(index, ids, max_new_tokens, max_positions_of(model)) for index, ids in enumerate(prompt_ids)]
+    inner = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+    limit = max_positions_of(inner)
+    budgets = [_budget(index, ids, max_new_tokens, limit) for index, ids in enumerate(prompt_ids)]
     answers = [""] * len(prompts)
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     with progress_bar("Answering", len(prompts)) as advance, _greedy(inner, stop_token_id):
         for batch in _batches(prompt_ids, budgets, batch_size):
             texts = _answer(inner, tokenizer, [prompt_ids[index] for index in batch], budgets[batch[0]], stop_token_id)
@@ -68,8 +70,8 @@ def _batches(prompt_ids: Sequence[Sequence[int]], budgets: Sequence[int], batch_
 
 
 def _answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    tokenizer: Any,
     prompt_ids: Sequence[Sequence[int]],
     max_new_tokens: int,
     stop_token_id: int,

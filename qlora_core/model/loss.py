@@ -4,9 +4,10 @@ Shapes, as suffixes of names: b rows of a batch, t tokens, v vocabulary, n count
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
@@ -29,7 +30,9 @@ class ScoredRow(Protocol):
         ...
 
 
-def sequence_losses(model: PreTrainedModel, rows: Sequence[ScoredRow], *, batch_size: int) -> list[tuple[float, int]]:
+def sequence_losses(
+    model: PreTrainedModel | PeftModel, rows: Sequence[ScoredRow], *, batch_size: int
+) -> list[tuple[float, int]]:
     """For each row, in the given order: the sum of -ln p over its counted tokens (nats), and how many those are.
 
     A row gives the sum over t >= 1 with loss_mask[t] of -ln p(input_ids[t] | input_ids[:t]). The first token is
@@ -63,9 +66,10 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[
         yield order[start : start + batch_size]
 
 
-def max_positions_of(model: PreTrainedModel) -> int | None:
+def max_positions_of(model: PreTrainedModel | PeftModel) -> int | None:
     """The longest sequence of a loaded model in tokens, or None where its config sets no limit."""
-    config = model.config.get_text_config(decoder=True)
+    config: Any = model.config
+    config = config.get_text_config(decoder=True)
     return getattr(config, "max_position_embeddings", None)
 
 
@@ -81,7 +85,7 @@ def _check_rows(rows: Sequence[ScoredRow], limit: int | None) -> None:
             )
 
 
-def _batch_losses(model: PreTrainedModel, rows: Sequence[ScoredRow]) -> list[tuple[float, int]]:
+def _batch_losses(model: PreTrainedModel | PeftModel, rows: Sequence[ScoredRow]) -> list[tuple[float, int]]:
     longest = max(len(row.input_ids) for row in rows)
     ids_bt = torch.full((len(rows), longest), _PADDING_ID, dtype=torch.long)
     attention_bt = torch.zeros((len(rows), longest), dtype=torch.long)

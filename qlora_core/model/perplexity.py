@@ -4,7 +4,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_core.errors import DataError, ModelError
@@ -35,7 +37,7 @@ class Window:
 
 
 def text_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, *, window: int | None = None
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, text: str, *, window: int | None = None
 ) -> TextLoss:
     """Token-weighted loss over the documents of `text`, which `<|endoftext|>` separates.
 
@@ -95,7 +97,7 @@ def _documents(text: str) -> list[str]:
     return [document for part in text.split(DOCUMENT_END) if (document := part.strip())]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, document: str) -> list[int]:
+def _encode(tokenizer: Any, document: str) -> list[int]:
     ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
     return ids if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
 

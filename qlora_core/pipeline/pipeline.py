@@ -7,14 +7,14 @@ Prefect's tasks call it one stage at a time.
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_core.config.pipeline import PipelineConfig
 from qlora_core.pipeline.job import Job
-from qlora_core.pipeline.stages import STAGES
+from qlora_core.pipeline.stages import STAGES, Stage
 from qlora_core.store.artifact import Artifact, StageKey
 from qlora_core.store.manifest import Manifest
 
@@ -41,8 +41,12 @@ class PlannedStage:
     """One stage before the run. `key` is None where an input has yet to be built, so that no key can be known."""
 
     name: str
-    key: str | None
+    key: StageKey | None
     cached: bool
+
+    def row(self) -> dict[str, Any]:
+        """The stage as the command line reports it."""
+        return {"name": self.name, "key": self.key.key if self.key else None, "cached": self.cached}
 
 
 class Pipeline:
@@ -63,17 +67,19 @@ class Pipeline:
         manifests: dict[str, Manifest] = {}
         planned: list[PlannedStage] = []
         for name in self.stage_names:
-            stage = self._stages[name]
-            upstream = stage.upstream(self.job)
-            if any(needed not in manifests for needed in upstream):
-                planned.append(PlannedStage(name, None, cached=False))
-                continue
-            key = stage.key(self.job, {needed: manifests[needed] for needed in upstream})
-            manifest = self.job.store.find(key)
+            key = self._key(self._stages[name], manifests)
+            manifest = self.job.store.find(key) if key else None
             if manifest is not None:
                 manifests[name] = manifest
-            planned.append(PlannedStage(name, key.key, cached=manifest is not None))
+            planned.append(PlannedStage(name, key, cached=manifest is not None))
         return planned
+
+    def _key(self, stage: Stage, manifests: Mapping[str, Manifest]) -> StageKey | None:
+        """The stage's key; None while an input is missing."""
+        upstream = stage.upstream(self.job)
+        if any(needed not in manifests for needed in upstream):
+            return None
+        return stage.key(self.job, {needed: manifests[needed] for needed in upstream})
 
     def run(self, name: str) -> StageResult:
         """The stage's verified artifact, built now if it is not stored; its inputs are seen to first."""

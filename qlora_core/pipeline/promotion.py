@@ -44,7 +44,7 @@ class Promotion:
     @cached_property
     def registered(self) -> dict[str, Any] | None:
         """The registration of this very candidate, if there is one."""
-        from qlora_core.registry.versions import find_registration
+        from qlora_core.registry.registration import find_registration
 
         config = self.job.config
         return find_registration(config.tracking_uri, config.registry.model_name, self.run_key)
@@ -75,7 +75,7 @@ class Promotion:
         from qlora_core.report.report import write_report
 
         evaluation = _read(inputs["evaluate"], "evaluation.json")
-        comparison = self._against_champion(inputs) if self.champion else None
+        comparison = self._against(self.champion, inputs) if self.champion else None
         verdict = decide(evaluation, comparison, self.job.config.gate)
         decision = {
             "verdict": verdict.verdict,
@@ -97,10 +97,8 @@ class Promotion:
             evaluation_folder=inputs["evaluate"].path,
         )
 
-    def _against_champion(self, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    def _against(self, champion: Champion, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
         """The candidate beside the champion on the same held-out rows, or why they cannot be compared."""
-        champion = self.champion
-        assert champion is not None
         quantized = inputs["quantize"]
         if champion.quantized_base_digest != quantized.digest:
             return {

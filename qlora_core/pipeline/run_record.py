@@ -64,8 +64,9 @@ class RunRecord:
             "best": swept["best"],
             "metrics": evaluation["metrics"],
             "headline": headline(evaluation),
-            "verdict": gate.decision["verdict"],
-            "reasons": gate.decision["reasons"],
+            # The registration's: a champion that changed since the decision turns PROMOTE into HOLD.
+            "verdict": registration["verdict"],
+            "reasons": registration["reasons"],
             "model_version": registration["version"],
             "report": str(shutil.copy(gate.report, self.folder / "report.html")),
         }

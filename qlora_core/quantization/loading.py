@@ -22,11 +22,12 @@ def load_model(folder: Path, **settings: Any) -> PreTrainedModel:
     """
     try:
         with without_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **settings
             )
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         raise ModelError(f"transformers cannot load {folder}: {error}; does config.json fit the weights?") from error
+    model, info = loaded
     lacking = sorted(info["missing_keys"])
     if lacking:
         raise ModelError(

@@ -18,10 +18,10 @@ from typing import Any
 import bitsandbytes
 import torch
 import transformers
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
-from transformers.integrations import replace_with_bnb_linear
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -169,9 +169,9 @@ def _quantize_linears(model: PreTrainedModel, wanted: StorageFormat) -> list[dic
     crossing = 0
     with progress_bar("Quantizing", len(sources)) as advance:
         for name in list(sources):
-            module = sources.pop(name)
+            module: Any = sources.pop(name)
             weight = (module.weight.T if isinstance(module, Conv1D) else module.weight).detach().contiguous()
-            target = model.get_submodule(name)
+            target: Any = model.get_submodule(name)
             if not isinstance(target, Linear4bit):
                 kind = type(module).__name__
                 raise ModelError(
@@ -192,7 +192,8 @@ def _quantize_linears(model: PreTrainedModel, wanted: StorageFormat) -> list[dic
 
 
 def _quantize_weight(weight: torch.Tensor, wanted: StorageFormat, module: Linear4bit) -> Params4bit:
-    parameter = Params4bit(
+    make: Any = Params4bit  # its signature is hidden behind torch.nn.Parameter's
+    parameter = make(
         weight,
         requires_grad=False,
         blocksize=wanted.blocksize,
@@ -263,7 +264,7 @@ def _same(meant: torch.Tensor, found: torch.Tensor) -> bool:
     return not isinstance(meant, Params4bit) or _state_values(meant) == _state_values(found)
 
 
-def _state_values(weight: Params4bit) -> dict[str, Any]:
+def _state_values(weight: Any) -> dict[str, Any]:
     """Everything that the codes' meaning hangs on, as plain values that compare to the bit."""
     values = weight.quant_state.as_dict()
     return {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in values.items()}

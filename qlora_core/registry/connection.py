@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _QUIET = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # Standard output belongs to `--json`.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # MLflow's own default of 7 retries keeps a user waiting for minutes when the server is simply down.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
 }

@@ -97,6 +97,13 @@ def compared_champion(champion: Mapping[str, Any] | None) -> str | None:
     return None if version is None else str(version)
 
 
+def champion_changed(expected: str | None, found: str | None) -> str:
+    """Why a PROMOTE was not carried out: the champion is not the one the evidence speaks of."""
+    compared = f"champion version {expected}" if expected else "the base, when there was no champion"
+    now = f"version {found}" if found else "no version"
+    return f"The comparison was made with {compared}, and {now} is champion now; evaluate again against it."
+
+
 def _named(version: RegisteredVersion) -> str:
     return f"the evidence of version {version.version} of {version.name!r}"
 

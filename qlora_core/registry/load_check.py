@@ -19,6 +19,9 @@ from qlora_core.errors import QloraError, RegistryError
 from qlora_core.registry.connection import prepare_environment, registry_errors, without_credentials
 from qlora_core.registry.versions import ADAPTER_TAG, BASE_TAG, RegisteredVersion, verify_adapter
 
+# The tag of a version that passed, and its value.
+LOAD_CHECK_TAG = "load_check"
+PASSED = "passed"
 _STDERR_SHOWN = 2000
 # Largest difference of any logit: absolute in float32; in bfloat16, whose steps grow with the value, relative to the
 # largest logit (2**-8 is one rounding; several layers add up).

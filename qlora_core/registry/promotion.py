@@ -5,18 +5,16 @@ record.
 """
 
 import logging
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_core.config.gate import GateConfig
 from qlora_core.errors import RegistryError
 from qlora_core.registry.aliases import CHALLENGER, CHAMPION, alias_version, former_champions, move_champion
 from qlora_core.registry.connection import connect, sqlite_file, without_credentials
-from qlora_core.registry.evidence import compared_champion, decide_again, read_evidence
+from qlora_core.registry.evidence import champion_changed, compared_champion, decide_again, read_evidence
 from qlora_core.registry.gate import Decision
-from qlora_core.registry.register import LOAD_CHECK_TAG, champion_changed
-from qlora_core.registry.versions import RegisteredVersion, download_version, get_version
+from qlora_core.registry.load_check import LOAD_CHECK_TAG, PASSED
+from qlora_core.registry.versions import RegisteredVersion, get_version, verify_version
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -125,13 +123,12 @@ def _wanted(client: "MlflowClient", model_name: str, version: str | None) -> Reg
 
 
 def _verify(client: "MlflowClient", version: RegisteredVersion) -> None:
-    if version.tag(LOAD_CHECK_TAG) != "passed":
+    if version.tag(LOAD_CHECK_TAG) != PASSED:
         raise RegistryError(
             f"version {version.version} of {version.name!r} was never shown to load in a clean process; "
             "register it again"
         )
-    with tempfile.TemporaryDirectory(prefix="verify-") as folder:
-        download_version(client, version, Path(folder))
+    verify_version(client, version)
 
 
 def _check_reason(reason: str) -> None:

@@ -13,19 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_core.config.gate import GateConfig
 from qlora_core.errors import RegistryError
-from qlora_core.registry.aliases import CHALLENGER, CHAMPION, former_champions, move_champion, set_alias
+from qlora_core.registry.aliases import CHALLENGER, former_champions, move_champion, set_alias
 from qlora_core.registry.connection import connect, find_or_create_experiment, registry_lock
-from qlora_core.registry.evidence import compared_champion, evidence_for, write_evidence
+from qlora_core.registry.evidence import champion_changed, compared_champion, evidence_for, write_evidence
 from qlora_core.registry.gate import decide
-from qlora_core.registry.load_check import check_version
+from qlora_core.registry.load_check import LOAD_CHECK_TAG, PASSED, check_version
 from qlora_core.registry.registration import finish_registration, start_registration
 from qlora_core.registry.tracking import SweepRecord, log_sweep
-from qlora_core.registry.versions import RegisteredVersion, register_adapter, set_version_tag
+from qlora_core.registry.versions import RegisteredVersion, register_adapter, set_version_tag, verify_version
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-LOAD_CHECK_TAG = "load_check"
 REPORT_FILE = "report.html"
 _FIGURES = {
     "heldout": ("base_loss", "adapter_loss", "gain", "gain_low", "gain_high"),
@@ -79,21 +78,12 @@ def register_run(request: RegistrationRequest, out: Path) -> dict[str, Any]:
         version,
         evidence_for(version, evaluation=evaluation, champion=comparison, policy=policy, decision=request.decision),
     )
-    figures = check_version(request.tracking_uri, version, request.quantized_folder)
-    set_version_tag(client, version, LOAD_CHECK_TAG, "passed")
-    _log.info("Version %s loads in a clean process: %s", version.version, figures)
+    _prove(client, version, request.quantized_folder)
     registration = _move_aliases(client, version, _planned(client, request, version), compared_champion(comparison))
     if request.report is not None:
         shutil.copyfile(request.report, out / REPORT_FILE)
     (out / "registration.json").write_text(json.dumps(registration, indent=2), encoding="utf-8")
     return registration
-
-
-def champion_changed(expected: str | None, found: str | None) -> str:
-    """Why a PROMOTE was not carried out: the champion is not the one the evidence speaks of."""
-    compared = f"champion version {expected}" if expected else "the base, when there was no champion"
-    now = f"version {found}" if found else "no version"
-    return f"The comparison was made with {compared}, and {now} is {CHAMPION} now; evaluate again against it."
 
 
 def _register(client: "MlflowClient", request: RegistrationRequest, evaluation: Mapping[str, Any]) -> RegisteredVersion:
@@ -116,6 +106,16 @@ def _register(client: "MlflowClient", request: RegistrationRequest, evaluation: 
         run_key=request.run_key,
         lineage=request.lineage,
     )
+
+
+def _prove(client: "MlflowClient", version: RegisteredVersion, quantized_folder: Path) -> None:
+    """Load in a clean process; on a retry after that was shown, only the bytes are verified again."""
+    if version.tags.get(LOAD_CHECK_TAG) == PASSED:
+        verify_version(client, version)
+        return
+    figures = check_version(client.tracking_uri, version, quantized_folder)
+    set_version_tag(client, version, LOAD_CHECK_TAG, PASSED)
+    _log.info("Version %s loads in a clean process: %s", version.version, figures)
 
 
 def _planned(client: "MlflowClient", request: RegistrationRequest, version: RegisteredVersion) -> dict[str, Any]:

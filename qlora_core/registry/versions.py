@@ -128,6 +128,12 @@ def download_version(client: "MlflowClient", version: RegisteredVersion, folder:
     return local
 
 
+def verify_version(client: "MlflowClient", version: RegisteredVersion) -> None:
+    """RegistryError unless the registry still holds the bytes that were registered."""
+    with tempfile.TemporaryDirectory(prefix="verify-") as folder:
+        download_version(client, version, Path(folder))
+
+
 def verify_adapter(folder: Path, expected: str, name: str) -> None:
     """RegistryError unless the folder's bytes are those with digest `expected`."""
     found = adapter_sha256(folder)

@@ -1,14 +1,21 @@
 """What a store needs of the place where artifacts are kept. Adding a place means writing this protocol once more."""
 
+import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+from qlora_core.errors import CorruptArtifactError
 from qlora_core.store.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
 
 
 class Backend(Protocol):
-    """A place for artifacts. An address is `v1/stage/<stage>/<key>`; whatever fails raises StoreError with a next step."""
+    """A place for artifacts. An address is `v1/stage/<stage>/<key>`; failures are StoreError with a next step."""
 
     @property
     def location(self) -> str:
@@ -30,7 +37,7 @@ class Backend(Protocol):
         ...
 
     def staging(self) -> AbstractContextManager[Path]:
-        """An empty folder to build an artifact in; removed with what is left in it when the block ends, however it ends."""
+        """An empty folder to build an artifact in; however the block ends, what is left of it is removed."""
         ...
 
     def publish(self, folder: Path, manifest: Manifest) -> Path | None:
@@ -45,9 +52,27 @@ class Backend(Protocol):
         ...
 
     def set_aside(self, address: str) -> None:
-        """Move what is at `address` to quarantine, so that it is a miss and can be looked at. Nothing there: no effect."""
+        """Move what is at `address` to quarantine: it becomes a miss and can be looked at. Nothing there: no effect."""
         ...
 
     def check(self) -> None:
         """Prove that artifacts can be written, read and removed here; leaves nothing behind."""
         ...
+
+
+def read_or_set_aside(backend: Backend, address: str, read: Callable[[], Found | None]) -> Found | None:
+    """What `read` finds at `address`; if that is corrupt, it is logged, moved to quarantine, and None.
+
+    `read` is called again before anything is moved: another reader may have set the artifact aside meanwhile, and a
+    producer may have put a sound one in its place.
+    """
+    try:
+        return read()
+    except CorruptArtifactError as fault:
+        with backend.repairing():
+            try:
+                return read()
+            except CorruptArtifactError:
+                logger.warning("%s: corrupt artifact, moved to quarantine: %s", backend.location, fault)
+                backend.set_aside(address)
+                return None

@@ -27,7 +27,9 @@ def seal(folder: Path) -> dict[str, FileEntry]:
         raise StoreError("the stage wrote no files, and an empty artifact would hide that; nothing was stored")
     for path, file in files.items():
         _check_publishable(path, file)
-    entries = {path: FileEntry(sha256=digest_file(file), size_bytes=file.stat().st_size) for path, file in files.items()}
+    entries = {
+        path: FileEntry(sha256=digest_file(file), size_bytes=file.stat().st_size) for path, file in files.items()
+    }
     for file in files.values():
         sync_to_disk(file)
     for parent, _, _ in os.walk(folder, topdown=False):
@@ -56,12 +58,14 @@ def verify(folder: Path, manifest: Manifest) -> None:
 
 def file_fault(path: str, file: Path, entry: FileEntry) -> str | None:
     """What is wrong with one file: None if its size and SHA-256 are those of `entry`."""
-    if file.is_symlink() or not file.is_file():
-        return f"{path} is no regular file" if file.is_symlink() or file.exists() else f"{path} is missing"
+    if file.is_symlink():
+        return f"{path} is a link"
     try:
         size_bytes, sha256 = file.stat().st_size, digest_file(file)
     except FileNotFoundError:
         return f"{path} is missing"
+    except IsADirectoryError:
+        return f"{path} is a folder"
     return mismatch(path, entry, sha256, size_bytes)
 
 

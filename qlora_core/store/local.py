@@ -1,9 +1,11 @@
 """Artifacts in a folder. Knows POSIX files, renames and locks.
 
-    v1/stage/<stage>/<key>/manifest.json, files/...    an artifact, put here by one rename of the whole folder
-    v1/tmp/<host>-<pid>-<random>/, and the same .lock  what a producer is building; the lock is free once it is dead
-    v1/quarantine/<stage>-<key>-<random>/              what failed verification
-    v1/repair.lock                                     held while an artifact is set aside
+Below the root:
+
+v1/stage/<stage>/<key>/manifest.json, files/...    an artifact, put here by one rename of the whole folder
+v1/tmp/<host>-<pid>-<random>/, and the same .lock  what a producer is building; the lock is free once it is dead
+v1/quarantine/<stage>-<key>-<random>/              what failed verification
+v1/<name>.lock                                     locks, as the one held while an artifact is set aside
 """
 
 import errno
@@ -14,10 +16,10 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from qlora_core.errors import CorruptArtifactError, QloraError, StoreError
+from qlora_core.errors import CorruptArtifactError, StoreError
 from qlora_core.store.contents import sync_to_disk, verify
 from qlora_core.store.manifest import MANIFEST_FILE, Manifest
 
@@ -101,11 +103,16 @@ class LocalFolder:
             sync_to_disk(target.parent)
         return target / _FILES
 
-    @contextmanager
-    def repairing(self) -> Iterator[None]:
+    def repairing(self) -> AbstractContextManager[None]:
         """Hold the folder's repair lock; the kernel frees it when its holder dies."""
-        path = self._root / "v1" / "repair.lock"
+        return self.locked("repair")
+
+    @contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Wait for and hold the folder's lock called `name`. A holder that asks again waits for itself."""
+        path = self._root / "v1" / f"{name}.lock"
         with named_os_errors("lock", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             with named_os_errors("lock", path):
@@ -150,21 +157,26 @@ class LocalFolder:
             os.close(descriptor)
 
     def _remove_stale_staging(self) -> None:
-        # Locks of other machines may be invisible here, so their folders are left alone.
-        for lock in self._staging.glob(f"{socket.gethostname()}-*.lock"):
-            try:
-                descriptor = os.open(lock, os.O_RDWR)
-            except FileNotFoundError:
+        for lock in self._staging.glob("*.lock"):
+            # Locks of other machines may be invisible here, so their folders are left alone.
+            if lock.stem.rsplit("-", 2)[0] != socket.gethostname():
                 continue
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                logger.info("removing %s, which a dead process left unfinished", lock.with_suffix(""))
-                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-                lock.unlink(missing_ok=True)
-            except BlockingIOError:
-                continue
-            finally:
-                os.close(descriptor)
+                _remove_if_abandoned(lock)
+            except OSError as error:
+                # Alive, or gone by now, or another user's: in none of these cases is it ours to remove.
+                logger.debug("%s stays: %s", lock, error)
+
+
+def _remove_if_abandoned(lock: Path) -> None:
+    descriptor = os.open(lock, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+        lock.unlink()
+        logger.info("removed %s, which a dead process left unfinished", lock.with_suffix(""))
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -173,9 +185,10 @@ def named_os_errors(action: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, QloraError):
+        if error.errno is None:
+            # Not the operating system's: our own errors, and those of network libraries.
             raise
-        step = _NEXT_STEPS.get(error.errno or 0, _NEXT_STEP)
+        step = _NEXT_STEPS.get(error.errno, _NEXT_STEP)
         raise StoreError(f"cannot {action} {path}: {error.strerror or error}; {step}") from error
 
 

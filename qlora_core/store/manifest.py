@@ -49,7 +49,7 @@ def inside_path(path: str) -> str:
     return path
 
 
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}\Z")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 InsidePath = Annotated[str, AfterValidator(inside_path)]
 
 
@@ -81,7 +81,7 @@ class Manifest(_Record):
     """What `manifest.json` says. `digest` covers `files` alone; `key` covers stage, version, config and inputs."""
 
     schema_version: Literal[1] = 1
-    stage: str = Field(pattern=rf"^{STAGE_NAME}\Z")
+    stage: str = Field(pattern=rf"^{STAGE_NAME}$")
     key: Sha256
     digest: Sha256
     files: dict[InsidePath, FileEntry] = Field(min_length=1)
@@ -139,7 +139,7 @@ def new_manifest(
 
 
 def parse_manifest(raw: bytes, address: str) -> Manifest:
-    """The manifest found at `address`. Raises CorruptArtifactError for anything but a sound manifest of that address."""
+    """The manifest found at `address`. Raises CorruptArtifactError for anything but a sound one of that address."""
     try:
         manifest = Manifest.model_validate(json.loads(raw))
     except ValidationError as error:

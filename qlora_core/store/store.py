@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from qlora_core.errors import ConfigError, CorruptArtifactError, QloraError, StoreError
+from qlora_core.errors import ConfigError, CorruptArtifactError, StoreError
 from qlora_core.store.artifact import Artifact, StageKey
-from qlora_core.store.backend import Backend
+from qlora_core.store.backend import Backend, read_or_set_aside
 from qlora_core.store.contents import seal
 from qlora_core.store.local import LocalFolder
 from qlora_core.store.manifest import Manifest, new_manifest, parse_manifest
@@ -50,10 +50,7 @@ class Store:
 
         A corrupt artifact is logged with each file's expected and found digest, moved to quarantine, and a miss.
         """
-        try:
-            return self._read(key)
-        except CorruptArtifactError as fault:
-            return self._repair(key, fault)
+        return read_or_set_aside(self._backend, key.address, lambda: self._read(key))
 
     def get_or_build(self, key: StageKey, build: Callable[[Path], None]) -> tuple[Artifact, bool]:
         """The artifact, and whether it was there already: False means that `build` ran.
@@ -72,7 +69,7 @@ class Store:
             return self._publish(key, folder, manifest), False
 
     def check(self) -> None:
-        """Prove that artifacts can be written and read. Raises StoreError naming the place, the cause, the next step."""
+        """Prove that artifacts can be written and read. Raises StoreError: the place, the cause, the next step."""
         self._backend.check()
 
     def _read_manifest(self, key: StageKey) -> Manifest | None:
@@ -84,16 +81,6 @@ class Store:
         manifest = self._read_manifest(key)
         return None if manifest is None else _artifact(manifest, self._backend.fetch(manifest))
 
-    def _repair(self, key: StageKey, fault: CorruptArtifactError) -> Artifact | None:
-        with self._backend.repairing():
-            try:
-                # Whoever held the lock before may have set the artifact aside, and a sound one may be there by now.
-                return self._read(key)
-            except CorruptArtifactError:
-                logger.warning("%s: corrupt artifact set aside, it will be built anew: %s", self.location, fault)
-                self._backend.set_aside(key.address)
-                return None
-
     def _publish(self, key: StageKey, folder: Path, manifest: Manifest) -> Artifact:
         for _ in range(_PUBLISH_ATTEMPTS):
             published = self._backend.publish(folder, manifest)
@@ -104,8 +91,8 @@ class Store:
                 logger.info("%s: another producer of %s was first; taking its artifact", self.location, key.address)
                 return winner
         raise StoreError(
-            f"{self.location}: {key.address} is taken by an artifact that cannot be read, {_PUBLISH_ATTEMPTS} times in a "
-            "row; look at the store's disk, then run the same command again"
+            f"{self.location}: {key.address} is taken by an artifact that cannot be read, {_PUBLISH_ATTEMPTS} times in "
+            "a row; look at the store's disk, then run the same command again"
         )
 
 
@@ -130,7 +117,9 @@ def _local_root(url: str) -> Path:
         return Path(url).expanduser().absolute()
     parts = urlsplit(url)
     if parts.scheme != "file" or parts.netloc not in ("", "localhost") or not parts.path:
-        raise ConfigError(f"store: {url!r} is not understood; give a folder, file:///absolute/folder or s3://bucket/prefix")
+        raise ConfigError(
+            f"store: {url!r} is not understood; give a folder, file:///absolute/folder or s3://bucket/prefix"
+        )
     return Path(unquote(parts.path))
 
 
@@ -144,7 +133,7 @@ def _disk_errors_named(key: StageKey, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, QloraError) or error.errno not in _DISK_ERRORS:
+        if error.errno not in _DISK_ERRORS:
             raise
         raise StoreError(
             f"stage {key.stage} could not write its files under {folder}: {error}; nothing was stored; free space or "

@@ -8,6 +8,7 @@ workers do: any class with `load()`, `stop()` and methods that take and return J
 import logging
 import os
 import secrets
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ _OBJECT_STORE_BYTES = 100_000_000
 _MOST_CPU_WORKERS = 4
 _STARTS_WITHOUT_SUCCESS = 3
 _STOP_GRACE_S = 60.0
+_CONNECT_TIMEOUT_S = 10.0
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -50,6 +52,8 @@ def ray_connection(address: str | None, workers: int | None) -> Iterator[None]:
     }
     if address is None:
         settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()}
+    else:
+        _check_answers(address)
     with _environment(settings):
         import ray
 
@@ -69,18 +73,51 @@ def _connect(address: str | None, workers: int | None) -> None:
     # Ray would write worker output to standard output, which belongs to the command's own result.
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address is None:
-        slots = max(_cores(), workers or 1)
-        _LOGGER.info("starting a local Ray with %d CPU slots", slots)
-        memory = {"object_store_memory": _OBJECT_STORE_BYTES}
-        ray.init(address="local", include_dashboard=False, num_cpus=slots, **memory, **common)
+        _start_local(max(_cores(), workers or 1), common)
         return
     try:
         ray.init(address=address, **common)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise SweepError(
-            f"no Ray cluster answers at compute.ray_address {address!r}: {error}; check address, network and "
-            "RAY_AUTH_TOKEN, or leave the key out to use this machine"
-        ) from error
+        raise _unreachable(address, error) from error
+
+
+def _start_local(slots: int, common: Mapping[str, Any]) -> None:
+    import ray
+
+    _LOGGER.info("starting a local Ray with %d CPU slots", slots)
+    settings = {"num_cpus": slots, "object_store_memory": _OBJECT_STORE_BYTES, **common}
+    for last in (False, True):
+        try:
+            ray.init(address="local", include_dashboard=False, **settings)
+        except Exception as error:
+            # Ray raises the bare class when its node is not up within 30 s, as on a machine busy with other work.
+            ray.shutdown()
+            if last:
+                raise SweepError(
+                    f"Ray did not start on this machine: {error}; see /tmp/ray/session_latest/logs, free some CPU and "
+                    "memory, or name a running cluster in compute.ray_address"
+                ) from error
+            _LOGGER.warning("Ray did not start (%s); trying once more", error)
+        else:
+            return
+
+
+def _check_answers(address: str) -> None:
+    # Ray itself would try for minutes.
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> SweepError:
+    return SweepError(
+        f"no Ray cluster answers at compute.ray_address {address!r}: {error}; check address, network and "
+        "RAY_AUTH_TOKEN, or leave the key out to use this machine"
+    )
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from qlora_core.sweep.cluster import Cluster, Outcome
 from qlora_core.sweep.halving import Halving, Segment, replay
 from qlora_core.sweep.record import TrialRecord
 from qlora_core.sweep.rungs import TrialLength, expected_steps, plan_rungs
-from qlora_core.sweep.space import cohort_size, drawn_values, trial_count, trial_params
+from qlora_core.sweep.space import cohort_size, trial_count, trial_params
 from qlora_core.sweep.study import SweepStudy
 
 _WAIT_S = 1.0
@@ -52,7 +52,8 @@ class SweepDriver:
 
     def length_of(self, record: TrialRecord) -> TrialLength:
         """Steps of a trial; SweepError when its point is no valid `train` section."""
-        return self._length_of(trial_params(self._train, drawn_values(record.params)))
+        drawn = {name: record.params[name] for name in self._sweep.space}
+        return self._length_of(trial_params(self._train, drawn))
 
     def publish(self, record: TrialRecord) -> None:
         """Log where a trial stands and hand its row on."""
@@ -97,9 +98,10 @@ class _Cohort:
             try:
                 lengths[record.id] = self._driver.length_of(record)
             except SweepError as error:
-                record.error, record.state = str(error), "failed"
-                self._study.save(record)
-                self._study.tell(record)
+                if record.state != "failed":
+                    record.error, record.state = str(error), "failed"
+                    self._study.save(record)
+                    self._study.tell(record)
         return lengths
 
     def _dispatch(self, cluster: Cluster) -> None:

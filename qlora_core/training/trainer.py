@@ -6,7 +6,6 @@ are chosen, compared or where the base came from.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +55,8 @@ class Trainer:
         check_rows(self._validation, base, "validation")
         base.requires_grad_(False)
         base.config.use_cache = False
+        # Part of every checkpoint's identity; taken here, while the base has no adapter on it
+        self._inputs = {"training data": digest_rows(self._train), "base model": fingerprint_base(base)}
 
     def run(
         self, trials: Sequence[Trial], until_step: int | None, should_stop: Callable[[], bool] = _never
@@ -150,10 +151,6 @@ class Trainer:
     def _identity(self, trial: Trial) -> dict[str, Any]:
         """What a checkpoint's numbers depend on. How often one is written is no part of it."""
         return trial.params.model_dump(mode="json", exclude={"checkpoint_every_steps"}) | self._inputs
-
-    @cached_property
-    def _inputs(self) -> dict[str, str]:
-        return {"training data": digest_rows(self._train), "base model": fingerprint_base(self._base)}
 
     def _check_precision(self, trial: Trial) -> None:
         wanted = PRECISIONS.get(trial.params.precision)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -29,7 +30,7 @@ def config(**values: Any) -> DataConfig:
 
 def sums(count: int, start: int = 0) -> list[dict[str, str]]:
     return [
-        {"instruction": f"What is {n} + {n}?", "output": f"It is {2 * n}.", "category": "sums"}
+        {"instruction": f"What is {n} + {n}?", "output": f"the answer is {2 * n}.", "category": "sums"}
         for n in range(start, start + count)
     ]
 
@@ -154,18 +155,10 @@ def test_planted_leaks_are_dropped_from_train_and_name_what_they_match(
     run(clean, plain_tokenizer, write_jsonl(sums(60), "clean.jsonl"))
     held = {row["messages"][0]["content"]: row["id"] for side in SIDES[1:] for row in table(clean, side)}
     variants = [{"instruction": f"{prompt.upper().rstrip('?')} !", "output": "No idea."} for prompt in held]
-    longer = [
-        {
-            "instruction": f"Tell me about {n}.",
-            "output": "Later.",
-            "history": [],
-        }
-        for n in range(0)
-    ]
-    planted = [row for row in variants if side_of(row["instruction"], SplitConfig()) == "train"]
+    planted = [row for row in variants if side_of(row["instruction"], config().split) == "train"]
     assert planted, "no variant falls on the training side; plant more"
 
-    curation = run(tmp_path / "out", plain_tokenizer, write_jsonl([*sums(60), *planted, *longer], "planted.jsonl"))
+    curation = run(tmp_path / "out", plain_tokenizer, write_jsonl([*sums(60), *planted], "planted.jsonl"))
 
     leaks = [drop for drop in table(tmp_path / "out", "dropped") if drop["rule"] == "leak"]
     assert curation["reasons"]["leak"] == len(leaks) == len(planted)
@@ -205,9 +198,6 @@ def test_leak_gate_finds_a_leak_in_written_files(
 
     leaked = pq.read_table(out / "test.parquet").slice(0, 1)
     train = pq.read_table(out / "train.parquet")
-    pq.write_table(pq.ParquetFile(out / "train.parquet").read().slice(0, 0), out / "empty.parquet")
-    import pyarrow as pa
-
     pq.write_table(pa.concat_tables([train, leaked]), out / "train.parquet")
     with pytest.raises(DataError, match=r"leak.*\(train\) matches .* \(test\)"):
         check_no_leaks(out)
@@ -291,12 +281,13 @@ def test_template_that_fails_on_rows_stops_the_stage(
 
 
 def test_unknown_split_and_missing_folder_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="'dev'.*train, validation, test"):
+    with pytest.raises(DataError, match=r"'dev'.*train, validation, test"):
         read_split(tmp_path, "dev")
-    with pytest.raises(DataError, match="train.parquet"):
+    with pytest.raises(DataError, match=r"train\.parquet"):
         read_split(tmp_path, "train")
 
 
+QUESTIONS = [{"prompt": row["instruction"], "response": row["output"]} for row in sums(40)]
 ROWS = st.lists(
     st.one_of(
         st.builds(lambda q, a: {"prompt": q, "response": a}, st.text(max_size=8), st.text(max_size=8)),
@@ -310,17 +301,15 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=ROWS)
 def test_funnel_adds_up_for_any_rows(
     rows: list[Any], tmp_path_factory: pytest.TempPathFactory, plain_tokenizer: Path
 ) -> None:
+    # The sums are enough for each side of the split to have a row whatever else is there.
     folder = tmp_path_factory.mktemp("funnel")
     path = folder / "rows.jsonl"
-    lines = [
-        row if isinstance(row, str) else json.dumps(row)
-        for row in [*rows, *[{"prompt": f"p{n}", "response": "r"} for n in range(40)]]
-    ]
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in [*rows, *QUESTIONS]]
     path.write_text("\n".join(lines))
 
     curation = run(folder / "out", plain_tokenizer, path, max_quarantined_share=1)
@@ -346,7 +335,7 @@ def test_side_depends_on_key_and_config_alone_and_larger_tests_keep_their_rows(
 
 
 def test_shares_come_out_as_asked() -> None:
-    split = SplitConfig(validation=0.2, test=0.1)
+    split = SplitConfig(validation=0.2, test=0.1, salt="qlora")
     found = [side_of(f"prompt {n}", split) for n in range(5000)]
 
     # Four standard deviations of a share over 5000 draws are under 0.023.
@@ -356,47 +345,38 @@ def test_shares_come_out_as_asked() -> None:
 
 # Rows as counted in the files themselves; kept rows depend on the window, so only what does not is pinned.
 REAL_SETS = {
-    "dolly_3k.json": (2996, "alpaca"),
-    "oasst_en_100_tree.jsonl": (100, "oasst"),
-    "sharegpt_dummy_conversation.json": (500, "sharegpt"),
-    "lf_v1_sft_demo.jsonl": (500, "messages"),
+    "oasst_en_100_tree.jsonl": (100, "oasst", 39),  # best paths, and those that end on the user
+    "sharegpt_dummy_conversation.json": (500, "sharegpt", 0),
+    "lf_v1_sft_demo.jsonl": (500, "messages", 0),
 }
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("name", REAL_SETS)
 def test_real_set_curates_for_a_real_tokenizer(name: str, shared_data: Path, tmp_path: Path) -> None:
-    rows, form = REAL_SETS[name]
+    rows, form, trimmed = REAL_SETS[name]
     model = shared_data / "models/stories260K-hf"
 
     curation = curate(config(over_long="cut"), [shared_data / "sft" / name], model, 512, tmp_path, None)
 
     assert curation["rows"]["in"] == rows
-    assert curation["by_source"][name]["format"] == form
+    assert (curation["by_source"][name]["format"], curation["by_source"][name]["trimmed"]) == (form, trimmed)
     assert curation["chat_template"] == {"origin": "plain default", "stop_token": "</s>", "bos_added": True}
     assert not set(curation["reasons"]) - {"duplicate", "over_long", "leak"}
     assert curation["rows"]["quarantined"] == 0
 
 
 @pytest.mark.integration
-def test_real_oasst_trims_as_many_paths_as_were_counted(shared_data: Path, tmp_path: Path) -> None:
-    path = shared_data / "sft/oasst_en_100_tree.jsonl"
-
-    curation = curate(config(over_long="cut"), [path], shared_data / "models/stories260K-hf", 512, tmp_path, None)
-
-    # From the description of the data: single best path gives 100 rows, 39 of which end on the user.
-    assert curation["by_source"][path.name]["trimmed"] == 39
-
-
-@pytest.mark.integration
 def test_real_gsm8k_keeps_the_final_answers(shared_data: Path, tmp_path: Path) -> None:
-    path = shared_data / "sft/gsm8k_train.jsonl"
+    lines = (shared_data / "sft/gsm8k_train.jsonl").read_text().splitlines()[:1000]
+    path = tmp_path / "gsm8k.jsonl"
+    path.write_text("\n".join(lines))
 
-    curation = curate(config(), [path], shared_data / "models/stories260K-hf", 512, tmp_path, None)
+    curation = curate(config(), [path], shared_data / "models/stories260K-hf", 512, tmp_path / "out", None)
 
-    assert curation["rows"]["in"] == 7473
+    assert curation["rows"]["in"] == 1000
     assert set(curation["reasons"]) == {"over_long"}
-    assert all("\n#### " in row.reference for row in read_prompts(tmp_path, "test"))
+    assert all("\n#### " in row.reference for row in read_prompts(tmp_path / "out", "test"))
 
 
 @pytest.mark.integration
@@ -405,7 +385,7 @@ def test_real_wrapped_and_bare_rows_are_found_to_be_the_same(shared_data: Path, 
 
     curation = curate(config(over_long="cut"), sources, shared_data / "models/stories260K-hf", 512, tmp_path, None)
 
-    # The data's description counts 184 pairs by exact text; two more differ in spacing only.
+    # The data's description counts 184 pairs by exact text; a few more differ in spacing only.
     hits = [d for d in table(tmp_path, "dropped") if d["rule"] == "duplicate" and d["source"] == sources[1].name]
-    assert len(hits) >= 184
-    assert curation["by_source"][sources[1].name]["in"] == 1000
+    assert 184 <= len(hits) < 200
+    assert [counts["in"] for counts in curation["by_source"].values()] == [2996, 1000]

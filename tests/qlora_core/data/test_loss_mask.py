@@ -187,7 +187,9 @@ def test_fault_that_only_rows_show_is_found_on_the_rows(case: str, plain_tokeniz
     file.write_text(template)
     chat = load_chat_tokenizer(plain_tokenizer, file)
 
-    outcomes = mask_rows(chat, [row(*TWO_ANSWERS)] * 3)
+    # The tokenizer knows " the" as one token, so a blank before it does not stay on the prompt's side.
+    messages = [*TWO_ANSWERS[:-1], Message("assistant", "the next one.", train=True)]
+    outcomes = mask_rows(chat, [row(*messages)] * 3)
     refusals = [one for one in outcomes if isinstance(one, Refusal)]
 
     assert [one.rule for one in refusals] == [rule] * 3

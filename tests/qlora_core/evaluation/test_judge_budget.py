@@ -7,22 +7,26 @@ from qlora_core.errors import ConfigError
 from qlora_core.evaluation.judge_budget import Budget, Prices, estimate_cost_usd, judge_prices
 
 
+def _judge(**settings: object) -> JudgeConfig:
+    return JudgeConfig.model_validate(settings)
+
+
 def test_judge_prices_known_model_has_its_list_price() -> None:
-    assert judge_prices(JudgeConfig(), custom_endpoint=False) == Prices(2.0, 8.0)
+    assert judge_prices(_judge(), custom_endpoint=False) == Prices(2.0, 8.0)
 
 
 def test_judge_prices_configured_prices_win() -> None:
-    config = JudgeConfig(input_usd_per_million=0, output_usd_per_million=0)
+    config = _judge(input_usd_per_million=0, output_usd_per_million=0)
     assert judge_prices(config, custom_endpoint=True) == Prices(0, 0)
 
 
 @pytest.mark.parametrize(
     ("config", "custom"),
     [
-        (JudgeConfig(model="gpt-99"), False),
-        (JudgeConfig(), True),
-        (JudgeConfig(input_usd_per_million=1), False),
-        (JudgeConfig(output_usd_per_million=1), True),
+        (_judge(model="gpt-99"), False),
+        (_judge(), True),
+        (_judge(input_usd_per_million=1), False),
+        (_judge(output_usd_per_million=1), True),
     ],
 )
 def test_judge_prices_unknown_names_the_settings(config: JudgeConfig, custom: bool) -> None:
@@ -32,9 +36,9 @@ def test_judge_prices_unknown_names_the_settings(config: JudgeConfig, custom: bo
 
 def test_estimate_cost_grows_with_prompts_and_is_zero_without() -> None:
     prices = Prices(2.0, 8.0)
-    one, ten = (estimate_cost_usd(EvaluateConfig(max_prompts=n), prices) for n in (1, 10))
+    one, ten = (estimate_cost_usd(EvaluateConfig.model_validate({"max_prompts": n}), prices) for n in (1, 10))
     assert ten == pytest.approx(10 * one)
-    assert estimate_cost_usd(EvaluateConfig(max_prompts=0), prices) == 0
+    assert estimate_cost_usd(EvaluateConfig.model_validate({"max_prompts": 0}), prices) == 0
 
 
 def test_budget_starts_no_call_once_it_is_spent() -> None:

@@ -231,7 +231,7 @@ def test_decide_refused_limit_name_is_learned(judge_server: "JudgeServer") -> No
             return 400, {}, b'{"error": {"message": "Unsupported parameter: \'max_tokens\' is not supported"}}'
         return original(request)
 
-    judge_server.answer = strict  # type: ignore[method-assign]
+    judge_server.answer = strict
     verdicts, _ = _judge(_config(judge_server.url), 3)
     assert [v.verdict for v in verdicts] == _expected(3)
 
@@ -244,7 +244,7 @@ def test_open_judge_unknown_price_is_an_error_before_any_call(judge_server: "Jud
 
 
 def test_open_judge_without_key_at_openais_own_endpoint_names_the_variable() -> None:
-    with pytest.raises(JudgeError, match="OPENAI_API_KEY"), open_openai_judge(JudgeConfig(), {}, None):
+    with pytest.raises(JudgeError, match="OPENAI_API_KEY"), open_openai_judge(JudgeConfig.model_validate({}), {}, None):
         pytest.fail("opened without a key")
 
 
@@ -258,7 +258,7 @@ def test_open_judge_address_from_the_environment_counts_as_custom(judge_server: 
     environment = {**ENVIRONMENT, "OPENAI_BASE_URL": judge_server.url}
     with (
         pytest.raises(ConfigError, match="custom endpoint"),
-        open_openai_judge(JudgeConfig(model="gpt-4.1"), environment, None),
+        open_openai_judge(JudgeConfig.model_validate({"model": "gpt-4.1"}), environment, None),
     ):
         pytest.fail("opened without prices")
 
@@ -317,9 +317,9 @@ def test_decide_killed_run_resumes_without_paying_twice(judge_server: "JudgeServ
 
 
 def test_resolve_kind_auto_follows_the_key() -> None:
-    assert resolve_kind(JudgeConfig(), {}) == "offline"
-    assert resolve_kind(JudgeConfig(), ENVIRONMENT) == "openai"
-    assert resolve_kind(JudgeConfig(kind="none"), ENVIRONMENT) == "none"
+    assert resolve_kind(JudgeConfig.model_validate({}), {}) == "offline"
+    assert resolve_kind(JudgeConfig.model_validate({}), ENVIRONMENT) == "openai"
+    assert resolve_kind(JudgeConfig.model_validate({"kind": "none"}), ENVIRONMENT) == "none"
 
 
 @pytest.mark.parametrize(

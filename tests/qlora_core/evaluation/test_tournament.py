@@ -126,12 +126,12 @@ def test_elo_ratings_equal_a_plain_loop_over_the_same_orders() -> None:
         ratings = [1000.0] * 3
         for match in order:
             i, j = a[match], b[match]
-            move = 32 * (score[match] - 1 / (1 + 10 ** ((ratings[j] - ratings[i]) / 400)))
+            move = float(32 * (score[match] - 1 / (1 + 10 ** ((ratings[j] - ratings[i]) / 400))))
             ratings[i] += move
             ratings[j] -= move
         finals.append(ratings)
-    assert result.mean == pytest.approx(np.mean(finals, axis=0), abs=1e-9)
-    assert result.low == pytest.approx(np.quantile(finals, 0.025, axis=0), abs=1e-9)
+    assert result.mean == pytest.approx(np.array(finals).mean(axis=0), abs=1e-9)
+    assert result.low == pytest.approx(np.quantile(np.array(finals), 0.025, axis=0), abs=1e-9)
 
 
 def test_rate_elo_one_win_moves_by_half_of_k() -> None:

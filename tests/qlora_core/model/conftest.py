@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,14 +27,14 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 inputs to down_proj: blocks of 64 cross rows there, and nowhere else. 64 positions, tied head."""
+    """96 inputs to down_proj: blocks of 64 cross rows there, and nowhere else. 64 positions."""
     folder = tmp_path_factory.mktemp("models") / "plain"
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=98, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.2,
+                num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False, initializer_range=0.2,
             )
         )  # fmt: skip
     model.save_pretrained(folder)
@@ -75,15 +76,16 @@ def model(nf4_folder: Path) -> PreTrainedModel:
 def write_adapter(tmp_path: Path, nf4_folder: Path) -> WriteAdapter:
     """Writes a PEFT folder with random factors, made by PEFT itself."""
 
-    def write(name: str = "adapter", **settings: object) -> Path:
+    def write(name: str = "adapter", **settings: Any) -> Path:
         with torch.random.fork_rng():
             torch.manual_seed(5)
-            lora = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "down_proj"], **settings})
+            wanted: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"], **settings}
+            lora = LoraConfig(**wanted)
             made = get_peft_model(load_quantized(nf4_folder, device="cpu"), lora)
             for parameter_name, parameter in made.named_parameters():
                 if "lora_B" in parameter_name:
                     torch.nn.init.normal_(parameter, std=0.1)
-        made.save_pretrained(tmp_path / name)
+        made.save_pretrained(str(tmp_path / name))
         return tmp_path / name
 
     return write

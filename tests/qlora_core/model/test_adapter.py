@@ -27,7 +27,7 @@ SOME_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 SOME_B = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
 
 
-def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(folder / "adapter_model.safetensors")
     edit(tensors)
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -137,7 +137,7 @@ def test_adapter_of_another_base_is_refused(model: PreTrainedModel, write_adapte
     with pytest.raises(ModelError, match=r"qlora\.json is missing"):
         attach_adapter(model, folder, expected_base_digest="a" * 64)
     (folder / "qlora.json").write_text(json.dumps({"quantized_base_digest": "b" * 64}))
-    with pytest.raises(ModelError, match="trained on base bbbb.*, the base in use is aaaa"):
+    with pytest.raises(ModelError, match=r"trained on base bbbb.*, the base in use is aaaa"):
         attach_adapter(model, folder, expected_base_digest="a" * 64)
     attach_adapter(model, folder, expected_base_digest="b" * 64)
 
@@ -170,12 +170,12 @@ def test_golden_round_trip_and_tampering(
     write_golden(folder, Golden(PROMPTS, golden_logits(attached, PROMPTS)))
     assert read_golden(folder).prompts == PROMPTS
     assert verify_golden(attached, folder, atol=0.0) == 0.0
-    with pytest.raises(ModelError, match="golden prompt 0 .* logits differ by"):
+    with pytest.raises(ModelError, match=r"golden prompt 0 .* logits differ by"):
         verify_golden(shared_model, folder, atol=1e-4)  # the base without the adapter
     content = load_file(folder / "golden.safetensors")
     content["logits_2"][7] = math.nan
     save_file(content, folder / "golden.safetensors")
-    with pytest.raises(ModelError, match="golden prompt 2 .* differ by nan"):
+    with pytest.raises(ModelError, match=r"golden prompt 2 .* differ by nan"):
         verify_golden(attached, folder, atol=1e-4)
     del content["logits_2"]
     save_file(content, folder / "golden.safetensors")

@@ -1,9 +1,10 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type, has_avx512bf16
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_core.errors import ConfigError, ModelError
@@ -11,7 +12,7 @@ from qlora_core.model.base import choose_precision, load_any, load_plain, load_q
 from qlora_core.quantization.dequantize import dequantize_exact
 
 
-def linears(model: PreTrainedModel) -> dict[str, Linear4bit]:
+def linears(model: PreTrainedModel) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 
 

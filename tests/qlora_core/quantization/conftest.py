@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,10 +54,11 @@ def make_llama(tmp_path: Path) -> MakeLlama:
     """Writes a float32 (or other) checkpoint folder, in shards where a shard size is given."""
 
     def make(
-        name: str = "base", *, dtype: torch.dtype = torch.float32, shard_size: str = "1GB", **settings: object
+        name: str = "base", *, dtype: torch.dtype = torch.float32, shard_size: str = "1GB", **settings: Any
     ) -> Path:
         folder = tmp_path / name
-        llama(**settings).to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+        model: Any = llama(**settings)
+        model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
         save_tokenizer(folder)
         return folder
 

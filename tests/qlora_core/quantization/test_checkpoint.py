@@ -94,10 +94,10 @@ def test_damaged_header_is_named(make_llama: MakeLlama) -> None:
     path = make_llama() / "model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data.replace(b'"dtype":"F32"', b'"dtype":"F3?"', 1))
-    with pytest.raises(ModelError, match="entry of tensor .* cannot be read"):
+    with pytest.raises(ModelError, match=r"entry of tensor .* cannot be read"):
         check_checkpoint(path.parent)
     path.write_bytes(data.replace(b"data_offsets", b"data_0ffsets", 1))
-    with pytest.raises(ModelError, match="entry of tensor .* cannot be read"):
+    with pytest.raises(ModelError, match=r"entry of tensor .* cannot be read"):
         check_checkpoint(path.parent)
 
 

@@ -2,10 +2,11 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -28,11 +29,11 @@ MakeLlama = Callable[..., Path]
 LAYERS = 14  # 2 decoder layers with 4 attention and 3 feed-forward Linears each
 
 
-def stock_load(folder: Path) -> torch.nn.Module:
+def stock_load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"})
 
 
-def on_the_fly(source: Path, *, double_quant: bool) -> torch.nn.Module:
+def on_the_fly(source: Path, *, double_quant: bool) -> Any:
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -180,7 +181,7 @@ def test_config_that_does_not_fit_the_weights_is_refused(make_llama: MakeLlama, 
     source = make_llama()
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "intermediate_size": 200}))
-    with pytest.raises(ModelError, match="does config.json fit the weights"):
+    with pytest.raises(ModelError, match=r"does config\.json fit the weights"):
         quantize_checkpoint(source, tmp_path / "out", QuantizeConfig())
 
 
@@ -250,7 +251,12 @@ def test_failed_command_leaves_nothing_under_the_target(make_llama: MakeLlama, t
 
 
 def wanted(**changes: object) -> StorageFormat:
-    settings = {"quant_type": "nf4", "double_quant": True, "skip_modules": ("lm_head",), "blocksize": 64}
+    settings: dict[str, Any] = {
+        "quant_type": "nf4",
+        "double_quant": True,
+        "skip_modules": ("lm_head",),
+        "blocksize": 64,
+    }
     return StorageFormat(**{**settings, **changes})
 
 

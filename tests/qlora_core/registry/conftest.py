@@ -14,7 +14,7 @@ from qlora_core.config.gate import GateConfig
 from qlora_core.registry.connection import connect, find_or_create_experiment, registry_lock
 from qlora_core.registry.evidence import evidence_for, write_evidence
 from qlora_core.registry.gate import decide
-from qlora_core.registry.register import LOAD_CHECK_TAG
+from qlora_core.registry.load_check import LOAD_CHECK_TAG, PASSED
 from qlora_core.registry.tracking import SweepRecord, log_sweep
 from qlora_core.registry.versions import RegisteredVersion, get_version, register_adapter, set_version_tag
 
@@ -111,7 +111,7 @@ def register(
         said = {"verdict": decision.verdict, "reasons": decision.reasons}
         evidence = evidence_for(version, evaluation=evaluation, champion=champion, policy=GateConfig(), decision=said)
         write_evidence(client, version, evidence)
-        set_version_tag(client, version, LOAD_CHECK_TAG, "passed")
+        set_version_tag(client, version, LOAD_CHECK_TAG, PASSED)
         return get_version(client, model_name, version.version)
 
     return do

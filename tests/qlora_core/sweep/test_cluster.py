@@ -1,5 +1,6 @@
 """Sweeps of toy trials on real Ray workers: deaths, failures, worker counts, and a cluster without room."""
 
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +10,7 @@ import pytest
 
 from qlora_core.config.compute import ComputeConfig
 from qlora_core.errors import SweepError
-from qlora_core.sweep.cluster import Cluster
+from qlora_core.sweep.cluster import Cluster, ray_connection
 
 
 def results(records: list[Any]) -> list[dict[str, Any]]:
@@ -112,3 +113,11 @@ def test_a_worker_that_cannot_load_ends_the_sweep_with_its_reason(toy: ModuleTyp
     ):
         while not cluster.idle():
             cluster.wait(1.0)
+
+
+def test_an_address_where_nothing_answers_is_refused_at_once() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    with pytest.raises(SweepError, match=f"compute.ray_address '{address}'"), ray_connection(address, None):
+        pass

@@ -55,7 +55,6 @@ def test_all_linear_covers_every_4bit_layer_and_not_the_head(base: PreTrainedMod
 
 
 def test_adapter_is_float32_and_alone_trainable(base: PreTrainedModel, trial: Callable[..., Trial]) -> None:
-    base.to(torch.bfloat16) if base.dtype == torch.bfloat16 else None
     with attached_adapter(base, trial(lora_rank=3).params) as adapter:
         trainable = {name for name, parameter in adapter.model.named_parameters() if parameter.requires_grad}
         assert trainable == {name for name, _ in adapter.model.named_parameters() if ".lora_" in name}

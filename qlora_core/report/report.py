@@ -1,0 +1,161 @@
+"""Writes the report of a run: verdict first, then what it rests on, in one HTML file that needs nothing else.
+
+Knows the shape of every stage's figures and how they are shown; decides and measures nothing.
+"""
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from qlora_core.digest import digest_json
+from qlora_core.report.answers import match_table, read_answers, sample_answers
+from qlora_core.report.figures import (
+    curves_figure,
+    funnel_figure,
+    matches_figure,
+    quantization_figure,
+    sweep_figure,
+)
+
+SHOWN_ANSWERS = 12
+SHOWN_QUARANTINED = 10
+SHORT_DIGEST = 12
+MISSING = "–"
+
+LEADS = {
+    "PROMOTE": "The new adapter is better beyond chance; it may become champion.",
+    "HOLD": "The evidence does not settle it; nothing is promoted until a person decides.",
+    "REJECT": "The new adapter is worse, or breaks a guard; it is not promoted.",
+    "INVALID": "The evidence cannot be used; no decision can rest on it.",
+}
+
+
+def write_report(
+    out: Path,
+    *,
+    config: Mapping[str, Any],
+    curation: Mapping[str, Any],
+    quantization: Mapping[str, Any],
+    sweep: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    decision: Mapping[str, Any],
+    curated_folder: Path,
+    evaluation_folder: Path,
+) -> None:
+    """Write the HTML file `out` from the stages' JSON and the tables in the two folders.
+
+    Equal inputs give equal bytes. Text from data is escaped everywhere. A judge or an exact match that is null is said
+    to be missing, and why. Raises EvaluationError where `answers.jsonl` cannot be read.
+    """
+    answers = read_answers(evaluation_folder)
+    matches = match_table(answers, evaluation["metrics"]["heldout"]["confidence"])
+    varied = _varied(sweep)
+    page = _environment().get_template("report.html.jinja").render(
+        config=config,
+        config_yaml=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True),
+        config_digest=digest_json(dict(config)),
+        curation=curation,
+        quantization=quantization,
+        sweep=sweep,
+        varied=varied,
+        evaluation=evaluation,
+        heldout=evaluation["metrics"]["heldout"],
+        exact=evaluation["metrics"]["exact_match"],
+        judge=evaluation["metrics"]["judge"],
+        decision=decision,
+        lead=LEADS[decision["verdict"]],
+        matches=matches,
+        samples=sample_answers(answers, SHOWN_ANSWERS),
+        answer_count=len(answers),
+        quarantined=_quarantined(curated_folder),
+        figures=_figures(curation, quantization, sweep, varied, matches),
+    )
+    out.write_text(page, encoding="utf-8", newline="\n")
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("qlora_core.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": _number, "percent": _percent, "count": _count, "short": _short, "value": _value}
+    return environment
+
+
+def _figures(
+    curation: Mapping[str, Any],
+    quantization: Mapping[str, Any],
+    sweep: Mapping[str, Any],
+    varied: Sequence[str],
+    matches: Sequence[Mapping[str, Any]],
+) -> dict[str, str | None]:
+    """Each figure as the address of an embedded image, None where there is nothing to draw."""
+    drawn = {
+        "funnel": funnel_figure(_funnel_stages(curation)),
+        "matches": matches_figure(matches) if matches else None,
+        "sweep": sweep_figure(sweep["trials"], varied, sweep.get("best")),
+        "curves": curves_figure(sweep["trials"]),
+        "quantization": quantization_figure(quantization["layers"]),
+    }
+    return {name: _embedded(svg) if svg else None for name, svg in drawn.items()}
+
+
+def _funnel_stages(curation: Mapping[str, Any]) -> list[tuple[str, int]]:
+    left = curation["rows"]["in"]
+    stages = [("read", left)]
+    steps = [("readable", curation["rows"]["quarantined"])]
+    steps += [(f"without {rule.replace('_', '-')} rows", count) for rule, count in curation["reasons"].items()]
+    for label, gone in steps:
+        left -= gone
+        stages.append((label, left))
+    return [*stages, ("kept", curation["rows"]["kept"])]
+
+
+def _varied(sweep: Mapping[str, Any]) -> list[str]:
+    """The settings the sweep searched over; where it does not say, those that differ between its trials."""
+    if sweep.get("varied"):
+        return list(sweep["varied"])
+    trials = [trial["params"] for trial in sweep["trials"]]
+    names = dict.fromkeys(name for params in trials for name in params)
+    return [name for name in names if len({repr(params.get(name)) for params in trials}) > 1]
+
+
+def _quarantined(curated_folder: Path) -> list[dict[str, Any]]:
+    """The first quarantined rows, with file, line and reason; empty where there is none or no such table."""
+    import pyarrow.parquet as pq
+
+    path = curated_folder / "quarantine.parquet"
+    return pq.read_table(path).slice(0, SHOWN_QUARANTINED).to_pylist() if path.is_file() else []
+
+
+def _embedded(svg: str) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return MISSING if value is None or not math.isfinite(value) else f"{value:,.{digits}f}".replace("-", "−")
+
+
+def _percent(value: float | None, digits: int = 0) -> str:
+    return MISSING if value is None else f"{value:.{digits}%}".replace("-", "−")
+
+
+def _count(value: int | None) -> str:
+    return MISSING if value is None else f"{value:,}"
+
+
+def _short(digest: str | None) -> str:
+    return digest[:SHORT_DIGEST] if digest else MISSING
+
+
+def _value(value: Any) -> str:
+    """A setting as it would stand in the config: numbers short, nothing as a dash."""
+    return MISSING if value is None else f"{value:g}" if isinstance(value, float) else str(value)

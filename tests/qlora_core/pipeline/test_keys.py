@@ -1,0 +1,181 @@
+"""Which setting re-runs which stages: every field of the config is listed, so that a new one cannot be forgotten."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_core.config.load import load_config
+from qlora_core.config.pipeline import PipelineConfig
+from qlora_core.config.section import Section
+from qlora_core.pipeline.pipeline import Pipeline
+
+# A field: another value for it, and the first stage that must run again (None: nothing does).
+FIELDS: dict[str, tuple[Any, str | None]] = {
+    "data.sources": (["other"], "curate"),
+    "data.split.validation": (0.2, "curate"),
+    "data.split.test": (0.2, "curate"),
+    "data.split.salt": ("other", "curate"),
+    "data.chat_template": ("template.jinja", "curate"),
+    "data.max_tokens": (64, "curate"),
+    "data.over_long": ("cut", "curate"),
+    "data.max_quarantined_share": (0.5, None),
+    "base.model": ("other-base", "curate"),
+    "base.revision": ("0" * 40, None),
+    "quantize.type": ("fp4", "quantize"),
+    "quantize.blocksize": (128, "quantize"),
+    "quantize.double_quant": (False, "quantize"),
+    "quantize.skip_modules": (["lm_head", "q_proj"], "quantize"),
+    "train.lora_rank": (8, "sweep"),
+    "train.lora_alpha": (32.0, "sweep"),
+    "train.lora_dropout": (0.0, "sweep"),
+    "train.target_modules": (["q_proj"], "sweep"),
+    "train.learning_rate": (1e-4, "sweep"),
+    "train.schedule": ("cosine", "sweep"),
+    "train.warmup_ratio": (0.1, "sweep"),
+    "train.epochs": (1.0, "sweep"),
+    "train.max_steps": (7, "sweep"),
+    "train.micro_batch_size": (2, "sweep"),
+    "train.gradient_accumulation_steps": (2, "sweep"),
+    "train.group_by_length": (False, "sweep"),
+    "train.optimizer": ("adamw", "sweep"),
+    "train.adam_beta1": (0.8, "sweep"),
+    "train.adam_beta2": (0.99, "sweep"),
+    "train.weight_decay": (0.1, "sweep"),
+    "train.max_grad_norm": (1.0, "sweep"),
+    "train.gradient_checkpointing": (True, "sweep"),
+    "train.precision": ("bfloat16", "sweep"),
+    "train.checkpoint_every_steps": (5, None),
+    "train.seed": (1, "sweep"),
+    "sweep.method": ("random", "sweep"),
+    "sweep.space": ({"lora_rank": [1, 2]}, "sweep"),
+    "sweep.trials": (1, "sweep"),
+    "sweep.pruning.enabled": (False, "sweep"),
+    "sweep.pruning.min_steps": (3, "sweep"),
+    "sweep.pruning.reduction_factor": (3, "sweep"),
+    "sweep.seed": (1, "sweep"),
+    "sweep.max_attempts": (1, None),
+    "evaluate.max_rows": (9, "evaluate"),
+    "evaluate.max_prompts": (3, "evaluate"),
+    "evaluate.max_new_tokens": (4, "evaluate"),
+    "evaluate.exact_match_max_words": (3, "evaluate"),
+    "evaluate.batch_size": (2, None),
+    "evaluate.confidence": (0.9, "evaluate"),
+    "evaluate.resamples": (300, "evaluate"),
+    "evaluate.seed": (1, "evaluate"),
+    "evaluate.judge.kind": ("none", "evaluate"),
+    # The offline judge, which this config has, takes no settings.
+    "evaluate.judge.model": ("other", None),
+    "evaluate.judge.base_url": ("http://localhost:1/v1", None),
+    "evaluate.judge.temperature": (0.0, None),
+    "evaluate.judge.max_answer_tokens": (99, None),
+    "evaluate.judge.timeout_s": (1.0, None),
+    "evaluate.judge.max_retries": (0, None),
+    "evaluate.judge.budget_usd": (1.0, None),
+    "evaluate.judge.input_usd_per_million": (1.0, None),
+    "evaluate.judge.output_usd_per_million": (1.0, None),
+    # Gate and registry act after the stored stages: the gate's key and the registration are tested with them.
+    "gate.min_loss_gain": (0.1, None),
+    "gate.min_rows": (6, None),
+    "gate.max_exact_match_loss": (0.1, None),
+    "gate.max_unscored_share": (0.1, None),
+    "gate.judge": ("require", None),
+    "registry.model_name": ("other", None),
+    "registry.experiment": ("other", None),
+    "registry.tracking_uri": ("sqlite:////tmp/other.db", None),
+    "compute.workers": (2, None),
+    "compute.ray_address": ("auto", None),
+    "compute.work_dir": ("elsewhere", None),
+    "compute.worker_start_timeout_s": (9.0, None),
+}
+AFTER = {
+    "curate": {"curate", "sweep", "evaluate"},
+    "quantize": {"quantize", "sweep", "evaluate"},
+    "sweep": {"sweep", "evaluate"},
+    "evaluate": {"evaluate"},
+    None: set(),
+}
+# The base stands above both curation and quantization.
+BOTH = {"base.model"}
+
+
+def leaves(section: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from leaves(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def fill(pipeline: Pipeline) -> None:
+    """Put a stand-in artifact under every stage's key, so that a plan says which keys a change leaves alone."""
+    while missing := [planned for planned in pipeline.plan() if not planned.cached]:
+        name, key = missing[0].name, missing[0].key
+        assert key is not None
+        pipeline.job.store.get_or_build(key, lambda out, text=name: _write(out, text))
+
+
+def _write(out: Path, text: str) -> None:
+    (out / "stage.json").write_text(json.dumps(text))
+
+
+def stale(config: PipelineConfig) -> set[str]:
+    return {planned.name for planned in Pipeline(config).plan() if not planned.cached}
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory, make_project: Callable[[Path], Path], tiny_base: Path) -> Path:
+    config = make_project(tmp_path_factory.mktemp("keys") / "project")
+    folder = config.parent
+    (folder / "other").mkdir()
+    (folder / "other" / "rows.json").write_text('[{"instruction": "a", "output": "b"}]')
+    (folder / "template.jinja").write_text("{{ messages }}")
+    shutil.copytree(tiny_base, folder / "other-base")
+    other = json.loads((folder / "other-base" / "config.json").read_text())
+    (folder / "other-base" / "config.json").write_text(json.dumps({**other, "rope_theta": 1.0}))
+    fill(Pipeline(load_config(config)))
+    return config
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_field_reruns_its_stages_and_no_others(filled: Path, field: str) -> None:
+    value, first = FIELDS[field]
+    changed = load_config(filled, [f"{field}={json.dumps(value)}"])
+    assert changed != load_config(filled), "the other value is the one the config has: nothing would be tested"
+    expected = AFTER["curate"] | AFTER["quantize"] if field in BOTH else AFTER[first]
+    assert stale(changed) == expected
+
+
+def test_unchanged_config_reruns_nothing(filled: Path) -> None:
+    assert stale(load_config(filled)) == set()
+
+
+def test_changed_training_row_reruns_curation_but_not_quantization(filled: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(filled.parent, moved)
+    rows = json.loads((moved / "data" / "rows.json").read_text())
+    rows[0]["output"] = "something else"
+    (moved / "data" / "rows.json").write_text(json.dumps(rows))
+    assert stale(load_config(moved / "pipeline.yaml")) == AFTER["curate"]
+
+
+def test_moved_project_reruns_nothing(filled: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(filled.parent, moved)
+    assert stale(load_config(moved / "pipeline.yaml")) == set()
+
+
+def test_key_of_an_openai_judge_holds_what_changes_its_verdicts(filled: Path) -> None:
+    config = load_config(filled, ["evaluate.judge.kind=openai"])
+    pipeline = Pipeline(config)
+    fill(pipeline)
+    assert stale(load_config(filled, ["evaluate.judge.kind=openai", "evaluate.judge.model=other"])) == {"evaluate"}
+    assert stale(load_config(filled, ["evaluate.judge.kind=openai", "evaluate.judge.timeout_s=1"])) == set()
+
+
+def test_every_field_of_the_config_is_listed() -> None:
+    assert set(leaves(PipelineConfig)) - {"store"} == set(FIELDS)

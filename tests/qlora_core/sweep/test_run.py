@@ -1,0 +1,169 @@
+"""A whole sweep with the real trainer over a tiny NF4 Llama: result, killed worker, refusals."""
+
+import json
+import logging
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import polars
+import pytest
+
+from qlora_core.config.compute import ComputeConfig
+from qlora_core.config.quantize import QuantizeConfig
+from qlora_core.config.sweep import SweepConfig
+from qlora_core.config.train import TrainConfig
+from qlora_core.errors import DataError, SweepError
+from qlora_core.sweep.run import SweepWork, run_sweep
+
+VOCABULARY = 64
+TRAIN = TrainConfig(
+    lora_rank=4,
+    lora_dropout=0.0,
+    max_steps=8,
+    micro_batch_size=2,
+    gradient_accumulation_steps=2,
+    optimizer="adamw",
+    checkpoint_every_steps=1,
+)
+SWEEP = SweepConfig(space={"learning_rate": [1e-6, 5e-3]})
+ONE_WORKER = ComputeConfig(workers=1)
+LINEAGE = {
+    "base_revision": "none",
+    "quantized_base_digest": "q" * 64,
+    "data_digest": "d" * 64,
+    "chat_template_origin": "tokenizer",
+}
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from qlora_core.quantization.quantize import quantize_checkpoint
+
+    folder = tmp_path_factory.mktemp("base")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=32, tie_word_embeddings=False, **sizes)
+        LlamaForCausalLM(config).save_pretrained(folder / "plain")
+    (folder / "plain" / "tokenizer.json").write_text("{}")
+    quantize_checkpoint(folder / "plain", folder / "nf4", QuantizeConfig())
+    return folder / "nf4"
+
+
+@pytest.fixture(scope="session")
+def curated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows that count upwards: easy to learn at a good rate, and not at all at a tiny one."""
+    folder = tmp_path_factory.mktemp("curated")
+    generator = random.Random(0)
+    for split, count in (("train", 24), ("validation", 6)):
+        starts = [generator.randrange(VOCABULARY) for _ in range(count)]
+        rows = {
+            "id": [f"{split}-{place}" for place in range(count)],
+            "input_ids": [[(start + offset) % VOCABULARY for offset in range(10)] for start in starts],
+            "loss_mask": [[False] * 2 + [True] * 8] * count,
+        }
+        polars.DataFrame(rows).write_parquet(folder / f"{split}.parquet")
+    (folder / "tokenizer").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / "tokenizer" / name).write_text(f"the {name}")
+    return folder
+
+
+def work_in(folder: Path, quantized: Path, curated: Path) -> SweepWork:
+    return SweepWork(quantized, curated, folder / "work", LINEAGE)
+
+
+def alone(quantized: Path, curated: Path, folder: Path, params: dict[str, Any]) -> float:
+    """Final validation loss of the same trial trained in this process in one go."""
+    import torch
+
+    from qlora_core.data.dataset import read_split
+    from qlora_core.model.base import load_quantized
+    from qlora_core.training.trainer import Trainer
+    from qlora_core.training.trial import Trial
+
+    torch.set_num_threads(1)
+    rows = [read_split(curated, split) for split in ("train", "validation")]
+    trainer = Trainer(load_quantized(quantized), *rows, folder)
+    (progress,) = trainer.run([Trial("t000", TrainConfig(**params))], None)
+    if progress.validation_loss is None:
+        raise AssertionError(f"trial ended without a loss: {progress}")
+    return progress.validation_loss
+
+
+def test_sweep_with_a_killed_worker_ends_as_the_trial_alone(
+    local_ray: None, quantized: Path, curated: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="qlora_core.sweep.cluster")
+    rows: list[dict[str, Any]] = []
+
+    def kill_the_first_worker(row: dict[str, Any]) -> None:
+        rows.append(row)
+        ready = [record.args[1] for record in caplog.records if record.args and "is ready" in record.getMessage()]
+        if row["steps"] and len(ready) == 1:
+            os.kill(ready[0]["pid"], signal.SIGKILL)
+
+    out = tmp_path / "out"
+    out.mkdir()
+    work = work_in(tmp_path, quantized, curated)
+    summary = run_sweep(SWEEP, TRAIN, ONE_WORKER, work, out, kill_the_first_worker)
+
+    assert summary == json.loads((out / "sweep.json").read_text())
+    assert {row["params"]["learning_rate"]: row["state"] for row in summary["trials"]} == {
+        1e-6: "pruned",
+        5e-3: "complete",
+    }
+    (best,) = [row for row in summary["trials"] if row["id"] == summary["best"]]
+    assert sum(row["deaths"] for row in summary["trials"]) == 1
+    assert best["loss"] == alone(quantized, curated, tmp_path / "alone", best["params"])
+    assert {row["id"]: row for row in rows} == {row["id"]: row for row in summary["trials"]}
+    card = json.loads((out / "adapter" / "qlora.json").read_text())
+    assert card == {**LINEAGE, "params": best["params"], "precision": "float32"}
+    names = {path.name for path in (out / "adapter").iterdir()}
+    assert names >= {"adapter_config.json", "adapter_model.safetensors", "golden.json", "golden.safetensors"}
+    assert (out / "adapter" / "chat_template.jinja").read_text() == "the chat_template.jinja"
+
+
+def test_when_no_trial_finishes_every_error_is_listed_and_the_next_call_tries_again(
+    local_ray: None, quantized: Path, curated: Path, tmp_path: Path
+) -> None:
+    work = work_in(tmp_path, quantized, curated)
+    out = tmp_path / "out"
+    out.mkdir()
+    sweep = SweepConfig(space={"lora_rank": [0, 5000]})
+    for _ in range(2):
+        with pytest.raises(SweepError, match=r"none of 2 trials finished: t000: .*lora_rank.*; t001: .*lora_rank"):
+            run_sweep(sweep, TRAIN, ONE_WORKER, work, out)
+    assert list(out.iterdir()) == []
+
+
+def test_another_sweep_in_the_same_folder_is_refused(
+    local_ray: None, quantized: Path, curated: Path, tmp_path: Path
+) -> None:
+    from qlora_core.sweep.study import open_study
+
+    work = work_in(tmp_path, quantized, curated)
+    identity = {"sweep": SWEEP.model_dump(mode="json", exclude={"max_attempts"}), "data": "d" * 64}
+    with open_study(work.study_file, SWEEP, TRAIN, identity):
+        pass
+    with pytest.raises(SweepError, match=r"holds another sweep \(different: quantized base, train\)"):
+        run_sweep(SWEEP, TRAIN, ONE_WORKER, work, tmp_path / "out")
+
+
+def test_a_broken_study_file_is_named(local_ray: None, quantized: Path, curated: Path, tmp_path: Path) -> None:
+    work = work_in(tmp_path, quantized, curated)
+    work.work_dir.mkdir()
+    work.study_file.write_bytes(b"not SQLite" * 200)
+    with pytest.raises(SweepError, match=r"cannot open the study .*study\.db"):
+        run_sweep(SWEEP, TRAIN, ONE_WORKER, work, tmp_path / "out")
+
+
+def test_a_missing_training_split_is_named(quantized: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"train\.parquet is no split of a curated set"):
+        run_sweep(SWEEP, TRAIN, ONE_WORKER, work_in(tmp_path, quantized, tmp_path), tmp_path / "out")
