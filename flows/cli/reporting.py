@@ -65,9 +65,7 @@ def reporting(as_json: bool) -> Iterator[Report]:
         typer.secho("interrupted: finished stages and checkpoints are kept; the same command goes on", err=True)
     finally:
         if stdout is not None:
-            with os.fdopen(stdout, "w", encoding="utf-8") as stream:
-                payload = report.data if failure is None else {"error": failure}
-                stream.write(json.dumps(payload, ensure_ascii=False, allow_nan=False) + "\n")
+            _release_stdout(stdout, report.data if failure is None else {"error": failure})
     if failure is None and not as_json:
         for line in report.lines:
             typer.echo(line)
@@ -81,6 +79,14 @@ def _claim_stdout() -> int:
     kept = os.dup(1)
     os.dup2(2, 1)
     return kept
+
+
+def _release_stdout(kept: int, payload: dict[str, Any]) -> None:
+    """Give standard output back, with the one object on it."""
+    sys.stdout.flush()
+    os.dup2(kept, 1)
+    os.close(kept)
+    os.write(1, json.dumps(payload, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -43,7 +43,7 @@ class AdapterScorer:
             advance = stack.enter_context(progress_bar(f"Scoring {'adapter' if adapter else 'base'}", len(rows)))
             for start in range(0, len(rows), piece):
                 part = rows[start : start + piece]
-                scored = sequence_losses(self.model.get_base_model(), part, batch_size=self.config.batch_size)
+                scored = sequence_losses(self.model, part, batch_size=self.config.batch_size)
                 losses += [RowLoss(row.id, nats, tokens) for row, (nats, tokens) in zip(part, scored, strict=True)]
                 advance(len(part))
         return losses

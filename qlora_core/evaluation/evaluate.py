@@ -7,8 +7,8 @@ Knows which files an evaluation writes and reads back, not how models are run (`
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,31 +63,24 @@ def evaluate_adapter(
     prompts = read_prompts(curated_folder, SPLIT, config.max_prompts) if config.max_prompts else []
     kind = resolve_kind(config.judge, environment) if prompts else "none"
     out.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        endpoint: OpenAIJudge | None = None
-        if kind == "openai":
-            endpoint = stack.enter_context(open_openai_judge(config.judge, environment, verdict_cache))
-            endpoint.check()
+    with _open_endpoint(config, kind, environment, verdict_cache) as endpoint:
         scorer = load_scorer(config, quantized_folder, adapter_folder, curated_folder, precision)
         losses = {BASE: scorer.losses(rows, adapter=False), ADAPTER: scorer.losses(rows, adapter=True)}
         answers = {BASE: scorer.answers(prompts, adapter=False), ADAPTER: scorer.answers(prompts, adapter=True)}
         verdicts = _judge(scorer, endpoint, kind, prompts, answers)
-        metrics = {
-            "heldout": _compare_losses(config, losses[BASE], losses[ADAPTER]),
-            "exact_match": _compare_answers(config, prompts, answers[BASE], answers[ADAPTER]),
-            "judge": _judge_metrics(config, endpoint, kind, verdicts) if kind != "none" else None,
-        }
+    metrics = {
+        "heldout": _compare_losses(config, losses[BASE], losses[ADAPTER]),
+        "exact_match": _compare_answers(config, prompts, answers[BASE], answers[ADAPTER]),
+        "judge": _judge_metrics(config, endpoint, kind, verdicts) if kind != "none" else None,
+    }
     _write_row_losses(out / "rows.parquet", losses)
     _write_answers(out / "answers.jsonl", config, prompts, answers)
     write_verdicts(out / "verdicts.jsonl", verdicts)
-    ratings = rate(verdicts, seed=config.seed, confidence=config.confidence) if any(v.scored for v in verdicts) else {}
+    ratings = _rate(config, verdicts)
     _write_json(out / "ratings.json", ratings)
     known = {"adapter_digest": _folder_digest(adapter_folder), **(lineage or {})}
-    evaluation = {
-        "metrics": metrics,
-        "ratings": ratings.get("ratings", {}),
-        **{name: known.get(name) for name in LINEAGE},
-    }
+    digests = {name: known.get(name) for name in LINEAGE}
+    evaluation = {"metrics": metrics, "ratings": ratings.get("ratings", {}), **digests}
     _write_json(out / "evaluation.json", evaluation)
     return evaluation
 
@@ -139,6 +132,25 @@ def question_text(messages: Sequence[Mapping[str, str]]) -> str:
     if len(asked) == 1:
         return asked[0]["content"]
     return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in asked)
+
+
+@contextmanager
+def _open_endpoint(
+    config: EvaluateConfig, kind: str, environment: Mapping[str, str], verdict_cache: Path | None
+) -> Iterator[OpenAIJudge | None]:
+    """The endpoint's judge, reached once before minutes are spent on answers it may never see; None otherwise."""
+    if kind != "openai":
+        yield None
+        return
+    with open_openai_judge(config.judge, environment, verdict_cache) as endpoint:
+        endpoint.check()
+        yield endpoint
+
+
+def _rate(config: EvaluateConfig, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    if not any(verdict.scored for verdict in verdicts):
+        return {}
+    return rate(verdicts, seed=config.seed, confidence=config.confidence)
 
 
 def _compare_losses(config: EvaluateConfig, before: Sequence[RowLoss], after: Sequence[RowLoss]) -> dict[str, Any]:

@@ -177,7 +177,9 @@ def _warnings(cells: _Cells, design: bradley_terry.Design, whole: bradley_terry.
             "rest): its Bradley-Terry ratings are finite only through a ridge"
         )
     elif whole.ridged[0]:
-        warnings.append("the likelihood has no finite maximum (the order decides all): Bradley-Terry used a ridge")
+        warnings.append(
+            "the likelihood has no finite maximum (order and ratings decide every match): Bradley-Terry used a ridge"
+        )
     if not design.order:
         warnings.append("every pair was shown in one order only: the order effect cannot be told from the ratings")
     if len(cells.counts) < 2:

@@ -93,7 +93,12 @@ class Pipeline:
     def get_or_build(self, name: str, key: StageKey, build: Callable[[Path], None]) -> StageResult:
         """The artifact of `key`, timed, logged and remembered under `name`."""
         started = time.monotonic()
-        artifact, cached = self.job.store.get_or_build(key, build)
+
+        def announced(out: Path) -> None:
+            logger.info("%s: started", name)
+            build(out)
+
+        artifact, cached = self.job.store.get_or_build(key, announced)
         seconds = time.monotonic() - started
         logger.info("%s: %s in %.1f s (%s)", name, "cached" if cached else "done", seconds, key.key[:12])
         self._results[name] = StageResult(name, key.key, cached, seconds, artifact)

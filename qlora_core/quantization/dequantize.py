@@ -6,11 +6,10 @@ measured). Seen as rows of one block each, the same bytes come out right, so tha
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_blockwise
-
-from qlora_core.errors import ModelError
 
 
 def dequantize_exact(codes: torch.Tensor, state: QuantState, dtype: torch.dtype) -> torch.Tensor:
@@ -19,33 +18,29 @@ def dequantize_exact(codes: torch.Tensor, state: QuantState, dtype: torch.dtype)
     w = code_table[code] * absmax, with absmax = code_table2[q] * absmax2 + mean under double quantization; computed in
     float32 and rounded to `dtype` at the end.
     """
-    absmax: torch.Tensor = state.absmax
-    if state.nested:
-        absmax = dequantize_blockwise(absmax, state.state2).add_(state.offset)
+    stored: Any = state  # bitsandbytes leaves the attributes untyped
+    absmax = stored.absmax
+    if stored.nested:
+        absmax = dequantize_blockwise(absmax, stored.state2) + stored.offset
     absmax = absmax.float()
     if codes.device.type != "cpu" or not blocks_cross_rows(state):
-        return _dequantize(codes, absmax, state, _shape(state), dtype)
+        return _dequantize(codes, absmax, stored, stored.shape, dtype)
     flat = codes.reshape(-1)
-    blocks, rest = divmod(_shape(state).numel(), state.blocksize)
-    split = blocks * state.blocksize // 2  # two codes in a byte
-    whole = _dequantize(flat[:split], absmax[:blocks], state, (blocks, state.blocksize), dtype)
-    last = _dequantize(flat[split:], absmax[blocks:], state, (1, rest), dtype)
-    return torch.cat([whole.reshape(-1), last.reshape(-1)]).reshape(_shape(state))
+    blocks, rest = divmod(stored.shape.numel(), stored.blocksize)
+    split = blocks * stored.blocksize // 2  # two codes in a byte
+    whole = _dequantize(flat[:split], absmax[:blocks], stored, (blocks, stored.blocksize), dtype)
+    last = _dequantize(flat[split:], absmax[blocks:], stored, (1, rest), dtype)
+    return torch.cat([whole.reshape(-1), last.reshape(-1)]).reshape(stored.shape)
 
 
 def blocks_cross_rows(state: QuantState) -> bool:
     """Whether a block of the flattened weight can hold the end of one row and the start of the next."""
-    return _shape(state)[-1] % state.blocksize != 0
-
-
-def _shape(state: QuantState) -> torch.Size:
-    if state.shape is None or state.blocksize is None:
-        raise ModelError("a quantized weight has no shape or blocksize; quantize the base again")
-    return state.shape
+    stored: Any = state
+    return stored.shape[-1] % stored.blocksize != 0
 
 
 def _dequantize(
-    codes: torch.Tensor, absmax: torch.Tensor, state: QuantState, shape: Sequence[int], dtype: torch.dtype
+    codes: torch.Tensor, absmax: torch.Tensor, state: Any, shape: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor:
     if 0 in shape:
         return torch.empty(0, dtype=dtype, device=codes.device)

@@ -41,6 +41,7 @@ _FILES_AT_ONCE = 8
 _PARTS_AT_ONCE = 4
 _CHUNK_BYTES = 1 << 20
 _STREAM_ATTEMPTS = 3
+_COPY_ATTEMPTS = 3
 _CONFLICT_ATTEMPTS = 6
 _TRANSFER = TransferConfig(multipart_threshold=32 << 20, multipart_chunksize=32 << 20, max_concurrency=_PARTS_AT_ONCE)
 _MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
@@ -97,14 +98,17 @@ class S3Bucket:
 
     def fetch(self, manifest: Manifest) -> Path:
         """A verified local copy: the one from before if it is still sound, else a fresh download."""
-        cached = self._cached(manifest)
-        if cached is not None:
-            return cached
-        with self._cache.staging() as folder:
-            self._download(manifest, folder)
-            path = self._cache.publish(folder, manifest)
-        # Another process may have put its copy there during the download.
-        return path or self._cache.fetch(manifest)
+        for _ in range(_COPY_ATTEMPTS):
+            cached = self._cached(manifest)
+            if cached is not None:
+                return cached
+            with self._cache.staging() as folder:
+                self._download(manifest, folder)
+                published = self._cache.publish(folder, manifest)
+            if published is not None:
+                return published
+            # Another process put its copy there during the download. If that one is bad, the bucket is not to blame.
+        raise StoreError(f"local copies under {self._cache.location} go bad as they are made; look at that disk")
 
     def staging(self) -> AbstractContextManager[Path]:
         """An empty folder beside the local copies."""
@@ -118,8 +122,7 @@ class S3Bucket:
         self._upload(folder, manifest)
         if not self._put_if_absent(self._manifest_key(manifest.address), manifest.to_json()):
             return None
-        cached = self._cached(manifest)
-        return cached or self._cache.publish(folder, manifest) or self._cache.fetch(manifest)
+        return self._cached(manifest) or self._cache.publish(folder, manifest) or self.fetch(manifest)
 
     def repairing(self) -> AbstractContextManager[None]:
         """Lock out the other processes of this machine; other machines are kept apart by ETags."""
@@ -308,6 +311,7 @@ class S3Bucket:
                 source = {"Bucket": self._bucket, "Key": key}
                 self._client.copy(source, self._bucket, target, ExtraArgs={"CopySourceIfMatch": etag}, Config=_TRANSFER)
                 self._client.delete_object(Bucket=self._bucket, Key=key, IfMatch=etag)
+                logger.info("moved %s to %s in %s", key, target, self._place)
             except faults.ClientError as error:
                 if _code(error) not in _MISSING | {"PreconditionFailed", "412"}:
                     raise
@@ -346,7 +350,7 @@ class S3Bucket:
                 "s3:PutObject, s3:DeleteObject on what is in it"
             )
         message = error.response.get("Error", {}).get("Message", "no message")
-        return f"{self._place}: the server answers {code}: {message}"
+        return f"{self._place}: the server answers {code} ({message}); look at the server's log, then try again"
 
     @property
     def _credentials_source(self) -> str:

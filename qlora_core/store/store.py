@@ -5,6 +5,7 @@ Knows keys, manifests and the order of steps. Where the bytes are is the backend
 
 import errno
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,13 +130,21 @@ def _artifact(manifest: Manifest, path: Path) -> Artifact:
 
 @contextmanager
 def _disk_errors_named(key: StageKey, folder: Path) -> Iterator[None]:
-    # Only what the disk itself says: any other OSError in a builder is about the builder's own inputs.
+    # Only what the disk itself says: any other error in a builder is about the builder's own work.
     try:
         yield
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+    except Exception as error:
+        if _os_error_number(error) not in _DISK_ERRORS:
             raise
         raise StoreError(
             f"stage {key.stage} could not write its files under {folder}: {error}; nothing was stored; free space or "
             "point `store` elsewhere, then run the same command again"
         ) from error
+
+
+def _os_error_number(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    # Libraries in Rust, safetensors among them, keep the number in their text alone.
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None

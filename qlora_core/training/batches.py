@@ -1,7 +1,7 @@
 """Which rows make up each step, and how rows become padded tensors.
 
-The order is a pure function of (seed, step): a resume needs no position but the step. Knows nothing of models or losses.
-Shapes: B rows of a micro-batch, T positions of its longest row.
+The order is a pure function of (seed, step): a resume needs no position but the step. Knows nothing of models or
+losses. Shapes: B rows of a micro-batch, T positions of its longest row.
 """
 
 import random

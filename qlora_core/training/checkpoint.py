@@ -1,8 +1,9 @@
 """Checkpoints of one trial: written whole or not at all, verified before use, the newest valid one wins.
 
 A checkpoint is a folder `step-<n>` with `adapter.safetensors`, `optimizer.safetensors`, `state.json` and
-`manifest.json`. It is staged under another name, flushed to disk, and renamed as the last act. Knows nothing of what the
-tensors mean. No pickle: safetensors and JSON only.
+`manifest.json`. It is staged under another name, flushed to disk, and renamed as the last act. Row order and dropout
+follow from seed and step, so no generator state is needed. No pickle: safetensors and JSON only. Knows nothing of what
+the tensors mean.
 """
 
 import json
@@ -85,8 +86,8 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:  # safetensors wraps the disk's errors in its own
         shutil.rmtree(stage, ignore_errors=True)
         raise TrainingError(
-            f"checkpoint {final} could not be written: {error}; earlier checkpoints are untouched. Free space or choose "
-            "another compute.work_dir, then run the same command again"
+            f"checkpoint {final} could not be written: {error}; earlier checkpoints are untouched. Free space or "
+            "choose another compute.work_dir, then run the same command again"
         ) from error
     return Checkpoint(step, final)
 

@@ -115,7 +115,9 @@ def _write_peft_folder(folder: Path, trained: TrainedAdapter) -> None:
     save_file(trained.weights, file, metadata={"format": "pt"})
     least = sum(tensor.nbytes for tensor in trained.weights.values())
     if file.stat().st_size < least:
-        raise TrainingError(f"{file} has {file.stat().st_size} bytes, but its weights alone are {least}; is the disk full?")
+        raise TrainingError(
+            f"{file} has {file.stat().st_size} bytes, but its weights alone are {least}; is the disk full?"
+        )
 
 
 def _plain(value: object) -> object:

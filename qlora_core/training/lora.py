@@ -102,7 +102,7 @@ def attached_adapter(base: PreTrainedModel, params: TrainConfig) -> Iterator[Att
     alpha = int(params.lora_alpha) if params.lora_alpha == int(params.lora_alpha) else params.lora_alpha
     config = LoraConfig(
         r=params.lora_rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # PEFT scales by any number, whatever its annotation
         lora_dropout=params.lora_dropout,
         target_modules=targets,
         bias="none",
@@ -163,9 +163,7 @@ def target_names(base: PreTrainedModel, target_modules: str | list[str]) -> list
     if target_modules == "all-linear":
         return existing
     wanted = [target_modules] if isinstance(target_modules, str) else target_modules
-    missing = [
-        target for target in wanted if not any(name == target or name.endswith(f".{target}") for name in linear)
-    ]
+    missing = [target for target in wanted if not any(name == target or name.endswith(f".{target}") for name in linear)]
     if missing or not wanted:
         raise TrainingError(
             f"target_modules {missing or wanted} match no linear layer of the base model; it has {', '.join(existing)} "

@@ -1,7 +1,7 @@
 """The optimizers of a trial behind one small interface: step at a rate, state as named tensors.
 
-bitsandbytes pages optimizer state between GPU and host memory. On a CPU there is nothing to page to: its own CPU kernels
-run with plain buffers, and `description` says so. Knows nothing of schedules, clipping or files.
+bitsandbytes pages optimizer state between GPU and host memory. On a CPU there is nothing to page to: its own CPU
+kernels run with plain buffers, and `description` says so. Knows nothing of schedules, clipping or files.
 """
 
 import logging
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 
 import torch
-from bitsandbytes.optim import PagedAdamW8bit, PagedAdamW32bit
+from bitsandbytes.optim.adamw import PagedAdamW8bit, PagedAdamW32bit
 
 from qlora_core.config.train import TrainConfig
 from qlora_core.errors import TrainingError
@@ -50,7 +50,7 @@ class TrialOptimizer:
         self._optimizer.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The whole state as `parameter name|key` to tensor copies on the CPU; counters as int64. Empty before a step."""
+        """The whole state as `parameter name|key` to tensor copies on the CPU, counters as int64; empty before a step."""
         tensors = {}
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # paged buffers are written asynchronously and read here as host memory

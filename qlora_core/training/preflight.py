@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from qlora_core.data.dataset import TokenRow
 from qlora_core.digest import digest_json
 from qlora_core.errors import TrainingError
+from qlora_core.model.loss import max_positions_of
 from qlora_core.training.batches import trained_tokens
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,8 @@ def check_rows(rows: Sequence[TokenRow], base: PreTrainedModel, split: str) -> N
         TrainingError: a mask of another length than its row, a row longer than the base's positions, or a token
             outside the base's vocabulary. The message names row and value.
     """
-    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    vocabulary = base.get_input_embeddings().weight.shape[0]
+    positions = max_positions_of(base)
+    vocabulary = base.config.get_text_config(decoder=True).vocab_size
     for row in rows:
         length = len(row.input_ids)
         if len(row.loss_mask) != length:
@@ -79,8 +80,8 @@ def digest_rows(rows: Sequence[TokenRow]) -> str:
 def fingerprint_base(base: PreTrainedModel) -> str:
     """SHA-256 over name, shape, dtype and the first 64 KiB of every parameter.
 
-    Tells bases apart at the cost of a few megabytes of hashing, where a full digest of a large base takes minutes. It is
-    no proof that two bases are equal byte for byte: artifact digests are for that.
+    Tells bases apart at the cost of a few megabytes of hashing, where a full digest of a large base takes minutes. It
+    is no proof that two bases are equal byte for byte: artifact digests are for that.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(base.named_parameters()):

@@ -1,7 +1,7 @@
 """How many steps a trial has, and the learning rate of each: pure functions of the step, so a resume needs no state.
 
-Knows nothing of optimizers. T is the trial's total number of optimizer steps, w its warm-up steps, s the number of steps
-already done (0 before the first step, T after the last).
+Knows nothing of optimizers. T is the trial's total number of optimizer steps, w its warm-up steps, s the number of
+steps already done (0 before the first step, T after the last).
 """
 
 import math

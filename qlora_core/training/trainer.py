@@ -5,11 +5,11 @@ are chosen, compared or where the base came from.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from qlora_core.data.dataset import TokenRow
@@ -119,9 +119,9 @@ class Trainer:
         return counters.step >= until
 
     def _validate(self, run: TrialRun) -> float:
-        losses = sequence_losses(run.adapter.model, self._validation, batch_size=VALIDATION_BATCH_ROWS)
+        losses = sequence_losses(run.adapter.base, self._validation, batch_size=VALIDATION_BATCH_ROWS)
         loss = sum(nats for nats, _ in losses) / sum(tokens for _, tokens in losses)
-        if not torch.isfinite(torch.tensor(loss)):
+        if not math.isfinite(loss):
             raise TrainingError(
                 f"the validation loss of trial {run.trial.id} is {loss} after step {run.counters.step}; lower "
                 "train.learning_rate"

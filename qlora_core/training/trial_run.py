@@ -1,7 +1,7 @@
 """One trial in place on the base: adapter, optimizer, data order and counters, taken step by step.
 
-Each step depends on the trial alone: row order and dropout are drawn from (seed, step), so neither what ran before in the
-process nor a resume can change it. Knows nothing of files and of when to stop.
+Each step depends on the trial alone: row order and dropout are drawn from (seed, step), so neither what ran before in
+the process nor a resume can change it. Knows nothing of files and of when to stop.
 """
 
 import hashlib

@@ -42,7 +42,7 @@ def _write_adapter(quantized: Path, out: Path, scale: float) -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=scale)
-    model.save_pretrained(out)
+    model.save_pretrained(str(out))
 
 
 @pytest.fixture(scope="module")

@@ -181,7 +181,15 @@ def test_rate_order_that_decides_all_is_reported_not_infinite() -> None:
     result = rate(rows, resamples=20)
     assert result["order_effect"] > 3
     assert result["ratings"]["x"] == pytest.approx(1000, abs=1e-6)
-    assert "order decides" in result["warnings"][0]
+    assert "no finite maximum" in result["warnings"][0]
+
+
+def test_rate_order_and_rating_that_decide_every_match_are_reported_not_infinite() -> None:
+    # The win graph is strongly connected, yet shown first wins always
+    rows = [_verdict("p1", "x", "y", "a", "a"), _verdict("p1", "x", "y", "b", "b"), _verdict("p2", "x", "y", "a", "a")]
+    result = rate(rows, resamples=20)
+    assert result["ridge"] is True
+    assert abs(result["order_effect"]) < 6
 
 
 def test_rate_one_fixed_order_has_no_order_effect() -> None:

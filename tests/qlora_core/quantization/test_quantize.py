@@ -2,7 +2,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -131,7 +131,9 @@ def test_16_bit_checkpoints_keep_their_dtype(make_llama: MakeLlama, tmp_path: Pa
 
 
 @pytest.mark.parametrize("blocksize", [128, 4096])
-def test_other_blocksizes_load_with_stock_transformers(make_llama: MakeLlama, tmp_path: Path, blocksize: int) -> None:
+def test_other_blocksizes_load_with_stock_transformers(
+    make_llama: MakeLlama, tmp_path: Path, blocksize: Literal[128, 4096]
+) -> None:
     report = quantize_checkpoint(make_llama(), tmp_path / "out", QuantizeConfig(blocksize=blocksize))
     weight = stock_load(tmp_path / "out").model.layers[0].mlp.down_proj.weight
     assert weight.quant_state.blocksize == blocksize

@@ -66,7 +66,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
     settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     model = get_peft_model(load_quantized(base, precision="float32", device="cpu"), settings).eval()
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     write_golden(folder, Golden(PROMPTS, golden_logits(model, PROMPTS)))
     (folder / "qlora.json").write_text(
         json.dumps({"quantized_base_digest": LINEAGE["quantized_base_digest"], "precision": "float32"})

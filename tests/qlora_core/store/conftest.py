@@ -122,13 +122,15 @@ class BucketPlace:
 
 
 class MisbehavingServer:
-    """The same S3 server, which can be told to ignore conditions, to answer 409, or to spoil what it sends."""
+    """The same S3 server, which can be told to ignore conditions, answer 409, be full, or spoil what it sends."""
 
     def __init__(self) -> None:
         self._app = DomainDispatcherApplication(create_backend_app)
         self.ignores_conditions = False
         self.conflicts = 0
         self.spoiled_downloads = 0
+        self.failing_uploads = False
+        self.blobs_received = 0
         self._server = make_server("127.0.0.1", 0, self._respond, threaded=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -142,6 +144,11 @@ class MisbehavingServer:
                 self.conflicts -= 1
                 start_response("409 Conflict", [("Content-Type", "application/xml")])
                 return [b"<Error><Code>ConditionalRequestConflict</Code><Message>try again</Message></Error>"]
+        if environ["REQUEST_METHOD"] == "PUT" and "/v1/blob/" in environ["PATH_INFO"]:
+            self.blobs_received += 1
+            if self.failing_uploads:
+                start_response("507 Insufficient Storage", [("Content-Type", "application/xml")])
+                return [b"<Error><Code>XMinioStorageFull</Code><Message>the drive is full</Message></Error>"]
         body = b"".join(self._app(environ, start_response))
         if self.spoiled_downloads and environ["REQUEST_METHOD"] == "GET" and "/v1/blob/" in environ["PATH_INFO"]:
             self.spoiled_downloads -= 1

@@ -11,7 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from qlora_core.errors import ConfigError, StoreError
 from qlora_core.store.artifact import StageKey
@@ -236,6 +239,22 @@ def test_full_disk_is_named_and_leaves_nothing(tmp_path: Path, key: StageKey, bu
         filler.unlink()
         _, cached = store.get_or_build(key, build)
         assert not cached
+
+
+def test_full_disk_is_recognised_when_safetensors_says_so(tmp_path: Path, key: StageKey) -> None:
+    def too_much(folder: Path) -> None:
+        save_file({"weight": np.zeros(1 << 16)}, folder / "weights.safetensors")
+
+    def broken(folder: Path) -> None:
+        save_file({"weight": np.zeros(1)}, folder / "no such folder" / "weights.safetensors")
+
+    with small_disk(tmp_path / "disk", "size=64k") as disk:
+        store = open_store(str(disk / "store"), tmp_path)
+        with pytest.raises(StoreError, match=r"No space left.*free space"):
+            store.get_or_build(key, too_much)
+        # Negative control: an error of another kind stays what it is.
+        with pytest.raises(SafetensorError, match=r"os error 2\b"):
+            store.get_or_build(key, broken)
 
 
 def test_disk_that_fills_up_before_the_manifest_leaves_nothing(tmp_path: Path, key: StageKey) -> None:

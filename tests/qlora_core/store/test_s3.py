@@ -138,6 +138,19 @@ def test_conflict_without_end_is_an_error_and_no_artifact(
     assert bucket_place.store.find(key) is None
 
 
+def test_server_whose_disk_is_full_is_named_and_leaves_no_artifact(
+    bucket_place: Any, misbehaving: Any, key: StageKey, build: Build
+) -> None:
+    misbehaving.failing_uploads = True
+    store = bucket_place.reader()
+    with pytest.raises(StoreError, match=rf"{misbehaving.url}.*XMinioStorageFull.*the drive is full"):
+        store.get_or_build(key, build)
+    assert bucket_place.names() == []
+    misbehaving.failing_uploads = False
+    _, cached = store.get_or_build(key, build)
+    assert not cached
+
+
 def test_download_spoiled_once_on_the_way_is_fetched_again(
     bucket_place: Any, misbehaving: Any, key: StageKey, build: Build, files: dict[str, bytes]
 ) -> None:
@@ -196,7 +209,9 @@ def test_equal_files_are_stored_once_and_known_ones_are_not_sent_again(
 
     store = bucket_place.reader()
     artifact, _ = store.get_or_build(key, twins)
+    assert misbehaving.blobs_received == 1
     store.get_or_build(StageKey("curate", "1", {}, {}), twins)
+    assert misbehaving.blobs_received == 1
     assert len([name for name in bucket_place.names() if name.startswith("v1/blob/")]) == 1
     assert set(contents(artifact.path)) == {"a.json", "b.json"}
 

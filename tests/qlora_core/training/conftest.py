@@ -33,7 +33,9 @@ def _llama(dtype: torch.dtype) -> LlamaForCausalLM:
                 tie_word_embeddings=False,
             )
         )
-    return model.to(dtype).requires_grad_(False).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.requires_grad_(False).eval()
 
 
 @pytest.fixture(scope="session", autouse=True)

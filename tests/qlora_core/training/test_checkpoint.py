@@ -85,7 +85,9 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_passed_over(
 def test_a_file_of_another_checkpoint_is_damage(tmp_path: Path) -> None:
     _save(tmp_path, 3)
     _save(tmp_path, 6)
-    shutil.copy(tmp_path / "step-00000003" / "optimizer.safetensors", tmp_path / "step-00000006" / "optimizer.safetensors")
+    shutil.copy(
+        tmp_path / "step-00000003" / "optimizer.safetensors", tmp_path / "step-00000006" / "optimizer.safetensors"
+    )
     _holds(tmp_path, 3)
 
 

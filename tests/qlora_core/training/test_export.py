@@ -70,7 +70,9 @@ def test_folder_holds_what_its_readers_need(trained: tuple[Trainer, Trial], nf4_
     golden = read_golden(tmp_path / "out")
     assert len(golden.prompts) == 3 and len({tuple(prompt) for prompt in golden.prompts}) == 3
     assert all(logits.shape == (96,) and logits.dtype == torch.float32 for logits in golden.logits)
-    assert verify_golden(attach_adapter(load_quantized(nf4_folder), tmp_path / "out"), tmp_path / "out", atol=0.0) == 0.0
+    assert (
+        verify_golden(attach_adapter(load_quantized(nf4_folder), tmp_path / "out"), tmp_path / "out", atol=0.0) == 0.0
+    )
 
 
 def test_exporting_twice_writes_the_same_bytes_and_leaves_the_base_clean(
@@ -137,7 +139,10 @@ def test_a_trial_that_was_never_trained_is_refused(
 def test_an_adapter_that_learned_nothing_is_refused(
     base: PreTrainedModel, rows: Callable[..., list[TokenRow]], trial: Callable[..., Trial]
 ) -> None:
-    with attached_adapter(base, trial().params) as adapter, pytest.raises(TrainingError, match="every lora_B matrix is zero"):
+    with (
+        attached_adapter(base, trial().params) as adapter,
+        pytest.raises(TrainingError, match="every lora_B matrix is zero"),
+    ):
         module.capture(adapter, rows(3))
 
 

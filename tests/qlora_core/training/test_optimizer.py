@@ -14,7 +14,7 @@ from qlora_core.training.optimizer import OPTIMIZERS, TrialOptimizer
 SHAPES = {"small": (4, 8), "large": (96, 64)}
 
 
-def _config(optimizer: str, **settings: Any) -> TrainConfig:
+def _config(optimizer: Any, **settings: Any) -> TrainConfig:
     return TrainConfig(optimizer=optimizer, learning_rate=1e-2, weight_decay=0.05, **settings)
 
 
@@ -42,7 +42,8 @@ def _adamw_by_hand(steps: int) -> dict[str, torch.Tensor]:
     """Loshchilov and Hutter 2019, algorithm 2, in float64 with a rate that changes every step."""
     result = {}
     for name, parameter in _parameters(torch.float64).items():
-        weight, m, v = parameter.detach().clone(), torch.zeros(SHAPES[name]).double(), torch.zeros(SHAPES[name]).double()
+        weight = parameter.detach().clone()
+        m, v = torch.zeros_like(weight), torch.zeros_like(weight)
         for step in range(steps):
             gradient, rate = _gradient(name, step), 1e-2 / (1 + step)
             m = 0.9 * m + 0.1 * gradient

@@ -41,7 +41,8 @@ def test_learning_rate_scales_the_multiplier() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "step", "total", "warmup"), [("cosin", 0, 4, 0), ("linear", 5, 4, 0), ("linear", -1, 4, 0), ("wsd", 0, 4, 4)]
+    ("schedule", "step", "total", "warmup"),
+    [("cosin", 0, 4, 0), ("linear", 5, 4, 0), ("linear", -1, 4, 0), ("wsd", 0, 4, 4)],
 )
 def test_what_lies_outside_a_schedule_is_refused(schedule: str, step: int, total: int, warmup: int) -> None:
     with pytest.raises(TrainingError, match=f"{schedule}|step {step} of {total} with {warmup}"):
@@ -64,6 +65,8 @@ def test_no_rows_have_no_steps() -> None:
         total_steps(TrainConfig(), 0)
 
 
-@pytest.mark.parametrize(("ratio", "total", "warmup"), [(0.03, 100, 3), (0.03, 10, 1), (0.03, 1, 0), (0.0, 50, 0), (0.99, 5, 4)])
+@pytest.mark.parametrize(
+    ("ratio", "total", "warmup"), [(0.03, 100, 3), (0.03, 10, 1), (0.03, 1, 0), (0.0, 50, 0), (0.99, 5, 4)]
+)
 def test_warmup_steps_leave_at_least_one_full_step(ratio: float, total: int, warmup: int) -> None:
     assert warmup_steps(TrainConfig(warmup_ratio=ratio), total) == warmup

@@ -271,7 +271,7 @@ def test_a_weight_that_is_not_finite_stops_the_step_and_names_rows(
     base = load_quantized(nf4_folder)
     poisoned = 95
     with torch.no_grad():
-        base.get_input_embeddings().weight[poisoned] = float("nan")
+        base.get_parameter("model.embed_tokens.weight")[poisoned] = float("nan")
     clean = [row for row in rows(60) if poisoned not in row.input_ids][:12]
     bad = TokenRow("the-bad-row", [1, poisoned, 3, 4], [False, False, True, True])
     trainer = Trainer(base, [*clean, bad], clean, tmp_path)
@@ -289,7 +289,9 @@ def test_gradients_that_are_not_finite_stop_the_step(
     trainer: Callable[[str], Trainer], trial: Trials, base: PreTrainedModel, tmp_path: Path
 ) -> None:
     # A finite loss with an overflow on the way back: the kind a loss guard alone lets through
-    handle = base.lm_head.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * float("inf"),))
+    handle = base.get_submodule("lm_head").register_full_backward_hook(
+        lambda module, inputs, outputs: (inputs[0] * float("inf"),)
+    )
     try:
         with pytest.raises(TrainingError, match=r"the gradient norm of step 1 is (nan|inf) at learning rate"):
             _run(trainer("a"), trial())
@@ -314,8 +316,8 @@ def test_gradients_are_clipped_to_the_setting(trainer: Callable[[str], Trainer],
     ("bad", "message"),
     [
         ([], r"train split has 0 rows"),
-        ([TokenRow("r", [1, 2], [True, False])], r"all labels are masked in all 1 rows of the train split \(first: 'r'\)"),
-        ([TokenRow("r", [1] * 49, [True] * 49)], r"train row 'r' has 49 tokens, more than the base model's 48 positions"),
+        ([TokenRow("r", [1, 2], [True, False])], r"labels are masked in all 1 rows of the train split \(first: 'r'\)"),
+        ([TokenRow("r", [1] * 49, [True] * 49)], r"train row 'r' has 49 tokens, more than the base model's 48 pos"),
         ([TokenRow("r", [1, 96], [True, True])], r"train row 'r' holds token ids 1 to 96, .* vocabulary is 0 to 95"),
         ([TokenRow("r", [1, -1], [True, True])], r"token ids -1 to 1"),
         ([TokenRow("r", [1, 2], [True, True, True])], r"'r' has 2 tokens but a loss mask of 3"),
@@ -340,14 +342,16 @@ def test_rows_without_a_label_are_left_out_and_counted(
     assert with_mute.curve == Trainer(base, good, good, tmp_path / "b").run([trial()], None)[0].curve
 
 
-def test_a_row_as_long_as_the_positions_is_trained(base: PreTrainedModel, rows: Rows, trial: Trials, tmp_path: Path) -> None:
+def test_a_row_as_long_as_the_positions_is_trained(
+    base: PreTrainedModel, rows: Rows, trial: Trials, tmp_path: Path
+) -> None:
     longest = rows(3, shortest=48, longest=48)
     assert Trainer(base, longest, longest, tmp_path).run([trial(max_steps=2)], None)[0].step == 2
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [({"learning_rate": 1e-3}, "learning_rate is 0.005 there and 0.001 here"), ({"lora_rank": 8}, "lora_rank is 4 there")],
+    [({"learning_rate": 1e-3}, "learning_rate is 0.005 there and 0.001 here"), ({"lora_rank": 8}, "lora_rank is 4")],
 )
 def test_a_checkpoint_of_other_settings_is_refused(
     trainer: Callable[[str], Trainer], trial: Trials, changed: dict[str, Any], message: str
@@ -365,7 +369,7 @@ def test_a_checkpoint_of_other_data_or_another_base_is_refused(
         _run(Trainer(load_quantized(nf4_folder), rows(26, seed=77), rows(2), tmp_path / "a"), trial())
     other = load_quantized(nf4_folder)
     with torch.no_grad():
-        other.model.norm.weight[0] += 0.5
+        other.get_parameter("model.norm.weight")[0] += 0.5
     train = rows(26, seed=1)
     with pytest.raises(TrainingError, match="belongs to another training: base model is"):
         _run(Trainer(other, train, rows(2), tmp_path / "a"), trial())
@@ -377,7 +381,9 @@ def test_checkpoint_interval_may_change_between_segments(trainer: Callable[[str]
     assert _run(trainer("b"), trial(checkpoint_every_steps=50)).curve == straight.curve
 
 
-def test_a_base_in_another_precision_than_asked_for_is_refused(trainer: Callable[[str], Trainer], trial: Trials) -> None:
+def test_a_base_in_another_precision_than_asked_for_is_refused(
+    trainer: Callable[[str], Trainer], trial: Trials
+) -> None:
     with pytest.raises(TrainingError, match=r"precision bfloat16, but the base is loaded in torch.float32"):
         _run(trainer("a"), trial(precision="bfloat16"))
 

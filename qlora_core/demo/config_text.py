@@ -1,0 +1,136 @@
+"""The text of the config that `qlora init` writes: every section, each setting that matters with a line on it.
+
+Settings left out have defaults that work. A test loads this text, so it holds only names the config knows.
+"""
+
+DEMO_CONFIG = """\
+# One retraining job. Run it with:  qlora run pipeline.yaml
+# It works as it stands: a small base model and the rows in data/ are made by the project itself. For your own job, name
+# your files under data.sources and your model under base.model, and take out the settings marked "for the demo".
+# Any setting can be overridden for one run:  qlora run pipeline.yaml --set sweep.trials=2
+
+data:
+  # Files or folders. Formats (Alpaca, messages, ShareGPT, prompt/response, OASST) are recognised by content.
+  sources: [data]
+  # Longer rows are dropped (or cut, with `over_long: cut`). For the demo: its model has room for 256 tokens.
+  max_tokens: 256
+  over_long: drop
+  # More unreadable rows than this share stop the run; fewer are set aside with file, line and reason.
+  max_quarantined_share: 0.2
+  split:
+    # Steers the sweep.
+    validation: 0.1
+    # Looked at once, by the evaluation.
+    test: 0.1
+    # Change it to draw another split.
+    salt: qlora
+  # A Jinja file; without it, the base tokenizer's own template.
+  # chat_template: chat.jinja
+
+base:
+  # A checkpoint folder, a hub name (then pin `revision` too), or `demo` for the small model made on the spot.
+  model: demo
+
+quantize:
+  # The 4-bit type; nf4 is the QLoRA paper's.
+  type: nf4
+  # Weights that share one scale.
+  blocksize: 64
+  # Quantize the scales as well: 4.127 instead of 4.5 bits per parameter.
+  double_quant: true
+  # Linear layers kept in full precision, by name ending.
+  skip_modules: [lm_head]
+
+train:
+  # Any field of this section may stand in sweep.space instead.
+  # Size of the adapter. For the demo: a small model needs little; the default is 64.
+  lora_rank: 16
+  # The adapter's output is scaled by lora_alpha / lora_rank.
+  lora_alpha: 32
+  # For the demo none; the default is the paper's 0.1.
+  lora_dropout: 0.0
+  target_modules: all-linear
+  # For the demo: two layers bear a far higher rate than the default 2e-4.
+  learning_rate: 1.0e-2
+  # constant, linear, cosine, or wsd (warm-up, stable, decay).
+  schedule: linear
+  # Share of the steps in which the rate climbs.
+  warmup_ratio: 0.03
+  # Passes over the training rows; max_steps would override it.
+  epochs: 4
+  # Rows in one forward pass, and passes that make up one step: their product is the effective batch.
+  micro_batch_size: 16
+  gradient_accumulation_steps: 1
+  # paged_adamw_32bit, paged_adamw_8bit, or adamw.
+  optimizer: paged_adamw_32bit
+  max_grad_norm: 1.0
+  # auto: bf16 where it is native, else float32.
+  precision: auto
+  # How much work an interruption can cost.
+  checkpoint_every_steps: 100
+  seed: 0
+
+sweep:
+  # grid, random, or tpe.
+  method: grid
+  # What is varied: fields of `train`, each with a list of values (or, not for grid, {low, high, log}).
+  space:
+    learning_rate: [3.0e-3, 1.0e-2]
+    lora_rank: [8, 16]
+  pruning:
+    # Successive halving: trials that lag at a rung are stopped.
+    enabled: true
+    # Of the trials at a rung, one in this many goes on.
+    reduction_factor: 2
+  seed: 0
+
+evaluate:
+  # Test rows scored for loss, and test prompts answered, matched and judged.
+  max_rows: 500
+  max_prompts: 150
+  # For the demo: its answers are short.
+  max_new_tokens: 16
+  batch_size: 32
+  # Of every interval.
+  confidence: 0.95
+  judge:
+    # auto: an OpenAI-compatible judge when OPENAI_API_KEY is set, else an offline one that is labelled uncertified.
+    # openai, offline and none choose one.
+    kind: auto
+    model: gpt-4.1
+    # No call starts once this much is spent.
+    budget_usd: 5.0
+
+gate:
+  # Nats per token by which the loss must fall; the whole interval must lie above it.
+  min_loss_gain: 0.0
+  # With fewer scored test rows the verdict is HOLD.
+  min_rows: 30
+  # Largest tolerated fall in exact match.
+  max_exact_match_loss: 0.02
+  # `require`: a certified judge must prefer the new adapter too.
+  judge: ignore
+
+registry:
+  # The registered model in MLflow; load the promoted adapter as models:/assistant@champion.
+  model_name: assistant
+  experiment: qlora-fleet
+  # An MLflow server; without it, SQLite in compute.work_dir.
+  # tracking_uri: http://localhost:5000
+
+# Where artifacts are kept: a folder, or s3://bucket/prefix. A stage whose inputs have not changed is read from here.
+store: ./.qlora
+
+compute:
+  # Nothing here changes a result. Without `workers`: one per GPU, else one per CPU core, at most four.
+  # workers: 2
+  # An existing Ray cluster; without it, one is started and ended.
+  # ray_address: ray://head:10001
+  # Checkpoints, the sweep's study, MLflow's SQLite, logs.
+  work_dir: ./.qlora
+"""
+
+
+def demo_config() -> str:
+    """The commented `pipeline.yaml` of the demo; paths in it are relative to the file."""
+    return DEMO_CONFIG

@@ -1,0 +1,51 @@
+"""The whole job on a real pretrained model and real instruction data; skips where they are not beside the checkout."""
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+CONFIG = """\
+data: {{sources: [{rows}]}}
+base: {{model: {base}}}
+train: {{lora_rank: 8, max_steps: 40, micro_batch_size: 4, gradient_accumulation_steps: 1, learning_rate: 3e-3}}
+sweep: {{space: {{learning_rate: [1e-3, 5e-3]}}}}
+evaluate: {{max_rows: 60, max_prompts: 4, max_new_tokens: 16}}
+compute: {{workers: 2}}
+"""
+Qlora = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.mark.parametrize("rows", ["sft/dolly_3k.json", "sft/gsm8k_train.jsonl"])
+def test_run_lowers_heldout_loss_and_registers(
+    rows: str, shared_data: Path, qlora: Qlora, prefect_server: dict[str, str], tmp_path: Path
+) -> None:
+    config = tmp_path / "pipeline.yaml"
+    base = shared_data / "models" / "stories260K-hf"
+    config.write_text(CONFIG.format(rows=shared_data / rows, base=base))
+    done = qlora("run", config, "--json", env=prefect_server)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads(done.stdout)
+    heldout = summary["metrics"]["heldout"]
+    assert heldout["adapter_loss"] < heldout["base_loss"] - 0.1
+    assert heldout["gain_low"] > 0
+    assert (summary["verdict"], summary["model_version"]) == ("PROMOTE", "1")
+    report = Path(summary["report"]).read_text()
+    assert "<html" in report
+    assert re.findall(r'(?:src|href)="https?:', report) == []
+
+
+def test_quantize_then_perplexity_meets_the_reference_losses(shared_data: Path, qlora: Qlora, tmp_path: Path) -> None:
+    # 1.2664 and 1.3791: data/README.md, each story alone from its BOS, 1,804 predicted tokens.
+    base, text = shared_data / "models" / "stories260K-hf", shared_data / "text" / "tinystories_sample.txt"
+    before = json.loads(qlora("perplexity", base, "--text", text, "--json").stdout)
+    made = json.loads(qlora("quantize", base, tmp_path / "nf4", "--json").stdout)
+    after = json.loads(qlora("perplexity", tmp_path / "nf4", "--text", text, "--json").stdout)
+    assert (before["tokens"], after["tokens"]) == (1804, 1804)
+    assert before["loss"] == pytest.approx(1.2664, abs=5e-4)
+    assert after["loss"] == pytest.approx(1.3791, abs=5e-4)
+    assert made["bits_per_parameter"] == pytest.approx(4.127, abs=0.01)
