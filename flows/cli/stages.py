@@ -1,5 +1,6 @@
 """Commands that run the pipeline or a part of it: run, curate, sweep, evaluate."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +42,8 @@ def run(config: ConfigArgument, overrides: SetOption = None, json: JsonOption = 
         # Prefect's in-process API takes seconds to start, so it is left alone where nothing has to run.
         summary = finished_before(pipeline.job.config)
         if summary is None:
+            # Its own 20 s are too few for a first start, which migrates its database, on a small machine.
+            os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
             from flows.retrain import retrain
 
             summary = retrain(config=str(config.resolve()), overrides=overrides or [])

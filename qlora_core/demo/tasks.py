@@ -34,10 +34,8 @@ def make_tasks(per_family: int, rng: random.Random) -> list[Task]:
 
 def _distinct(candidates: Iterator[Task], count: int) -> list[Task]:
     found: dict[str, Task] = {}
-    for task in candidates:
+    while len(found) < count and (task := next(candidates, None)) is not None:
         found.setdefault(task.prompt, task)
-        if len(found) == count:
-            break
     return list(found.values())
 
 

@@ -125,11 +125,6 @@ def _word_list(rng: random.Random) -> str:
     )
 
 
-def _repetition(rng: random.Random) -> str:
-    words = [rng.choice((_any_word(rng), str(rng.randint(0, 99)))) for _ in range(rng.randint(3, 7))]
-    return f"Say {', '.join(words)}; again {', '.join(words)}."
-
-
 def _talk_about_thing(rng: random.Random) -> Turn:
     thing = rng.choice(THINGS)
     question = rng.choice((f"Tell me about the {thing.name}.", f"What do you know about {thing.plural}?"))
@@ -188,8 +183,6 @@ _PROSE: tuple[Callable[[random.Random], str], ...] = (
     _comparison,
     _headline,
     _word_list,
-    _repetition,
-    _repetition,
 )
 _CHAT: tuple[Callable[[random.Random], Turn], ...] = (
     _talk_about_thing,

@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import connected_components
 MAX_ITERATIONS = 60
 GRADIENT_TOLERANCE = 1e-12
 # Without a finite maximum the fit runs off until rounding hides the gradient, at a margin of about 27 logits between
-# two outcomes. No such margin is possible while every parameter is under 8, and a finite maximum there is beyond any data.
+# two outcomes. No such margin is possible while every parameter is under 8, and no data give a finite maximum beyond.
 LARGEST_PARAMETER = 8.0
 RIDGE = 0.1
 

@@ -69,6 +69,7 @@ def ray_connection(address: str | None, workers: int | None) -> Iterator[None]:
 
 def _connect(address: str | None, workers: int | None) -> None:
     import ray
+    from ray.exceptions import RayError
 
     # Ray would write worker output to standard output, which belongs to the command's own result.
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
@@ -77,7 +78,7 @@ def _connect(address: str | None, workers: int | None) -> None:
         return
     try:
         ray.init(address=address, **common)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise _unreachable(address, error) from error
 
 
@@ -251,15 +252,16 @@ class Cluster:
 
     def _settle(self, name: str) -> Outcome | None:
         import ray
+        from ray.exceptions import RayError, RayTaskError
 
         slot = self._slots[name]
         phase, slot.phase = slot.phase, "idle"
         ref, slot.pending = slot.pending, None
         try:
-            result = ray.get(ref)
-        except ray.exceptions.RayTaskError as error:
+            result: Any = ray.get(ref)
+        except RayTaskError as error:
             return self._refused(name, phase, error.cause)
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             return self._died(name, phase, error)
         if phase == "starting":
             slot.phase, slot.pending = "loading", slot.actor.load.remote()

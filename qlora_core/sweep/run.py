@@ -113,16 +113,19 @@ def _train_and_export(
 
 def _export(cluster: Cluster, best: TrialRecord, work: SweepWork, attempts: int) -> None:
     folder = _export_folder(work, best)
-    for _ in range(attempts + 1):
+    deaths = 0
+    while True:
         shutil.rmtree(folder, ignore_errors=True)
         outcome = _call(cluster, "export", {"id": best.id, "params": best.params}, str(folder.resolve()))
         if outcome.result is not None:
-            tokenizer = work.curated_folder / "tokenizer"
-            write_adapter_card(folder, work.lineage, best.params, outcome.result["precision"], tokenizer)
-            return
-        if not outcome.died:
             break
-    raise SweepError(f"the adapter of trial {best.id} could not be exported: {outcome.error}; its checkpoint is kept")
+        deaths += outcome.died
+        if not outcome.died or deaths > attempts:
+            raise SweepError(
+                f"the adapter of trial {best.id} could not be exported: {outcome.error}; its checkpoint is kept"
+            )
+    tokenizer = work.curated_folder / "tokenizer"
+    write_adapter_card(folder, work.lineage, best.params, outcome.result["precision"], tokenizer)
 
 
 def _call(cluster: Cluster, method: str, *arguments: Any) -> Outcome:

@@ -181,5 +181,5 @@ def _quiet_peft() -> Iterator[None]:
 
 
 def _weights_in_place(base: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """Where each weight lies and how often it was written in place: equal before and after means untouched."""
+    """Where each weight lies and how often it was written in place; writes through `.data` escape it."""
     return {name: (value.data_ptr(), value._version) for name, value in base.named_parameters()}

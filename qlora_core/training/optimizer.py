@@ -50,7 +50,7 @@ class TrialOptimizer:
         self._optimizer.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The whole state as `parameter name|key` to tensor copies on the CPU, counters as int64; empty before a step."""
+        """The whole state as `parameter name|key` to tensor copies on the CPU, counters as int64; empty at first."""
         tensors = {}
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # paged buffers are written asynchronously and read here as host memory

@@ -7,9 +7,11 @@ from bitsandbytes.functional import get_4bit_type, has_avx512bf16
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qlora_core.config.quantize import QuantizeConfig
 from qlora_core.errors import ConfigError, ModelError
 from qlora_core.model.base import choose_precision, load_any, load_plain, load_quantized
 from qlora_core.quantization.dequantize import dequantize_exact
+from qlora_core.quantization.quantize import quantize_checkpoint
 
 
 def linears(model: PreTrainedModel) -> dict[str, Any]:
@@ -56,10 +58,23 @@ def test_everything_but_the_codes_takes_the_precision(nf4_folder: Path) -> None:
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
-def test_every_layer_computes_with_its_stored_values(shared_model: PreTrainedModel) -> None:
+@pytest.fixture(scope="module")
+def bf16_folder(plain_folder: Path) -> Path:
+    """The same base from a bfloat16 checkpoint: bitsandbytes remembers that dtype for its backward pass."""
+    source, folder = plain_folder.parent / "plain-bf16", plain_folder.parent / "nf4-bf16"
+    model: Any = load_plain(plain_folder, device="cpu")
+    model.to(torch.bfloat16).save_pretrained(source)
+    for path in plain_folder.glob("tokenizer*"):
+        (source / path.name).write_bytes(path.read_bytes())
+    quantize_checkpoint(source, folder, QuantizeConfig())
+    return folder
+
+
+@pytest.mark.parametrize("source", ["nf4_folder", "bf16_folder"])
+def test_every_layer_computes_with_its_stored_values(request: pytest.FixtureRequest, source: str) -> None:
     """Output and input gradient against float64 products with the dequantized weight, blocks crossing rows or not."""
     generator = torch.Generator().manual_seed(0)
-    for name, module in linears(shared_model).items():
+    for name, module in linears(load_quantized(request.getfixturevalue(source), device="cpu")).items():
         weight = dequantize_exact(module.weight.data, module.weight.quant_state, torch.float32).double()
         x = torch.randn((3, 5, module.in_features), generator=generator, requires_grad=True)
         upstream = torch.randn((3, 5, module.out_features), generator=generator)

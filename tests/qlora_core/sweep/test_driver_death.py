@@ -66,6 +66,7 @@ def run_until_steps(work_dir: Path, more: int, *, group_signal: int | None = Non
 
 
 @pytest.mark.integration
+@pytest.mark.timeout(600)
 def test_sweep_survives_ctrl_c_and_a_killed_driver(toy: ModuleType, tmp_path: Path) -> None:
     reference = toy.toy_sweep(tmp_path / "reference", workers=1)
     work_dir = tmp_path / "interrupted"

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,12 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from qlora_core.quantization.quantize import quantize_checkpoint
 
     folder = tmp_path_factory.mktemp("base")
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(3)
         config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=32, tie_word_embeddings=False, **sizes)
@@ -89,8 +95,8 @@ def alone(quantized: Path, curated: Path, folder: Path, params: dict[str, Any]) 
     from qlora_core.training.trial import Trial
 
     torch.set_num_threads(1)
-    rows = [read_split(curated, split) for split in ("train", "validation")]
-    trainer = Trainer(load_quantized(quantized), *rows, folder)
+    train, validation = read_split(curated, "train"), read_split(curated, "validation")
+    trainer = Trainer(load_quantized(quantized), train, validation, folder)
     (progress,) = trainer.run([Trial("t000", TrainConfig(**params))], None)
     if progress.validation_loss is None:
         raise AssertionError(f"trial ended without a loss: {progress}")
@@ -105,9 +111,9 @@ def test_sweep_with_a_killed_worker_ends_as_the_trial_alone(
 
     def kill_the_first_worker(row: dict[str, Any]) -> None:
         rows.append(row)
-        ready = [record.args[1] for record in caplog.records if record.args and "is ready" in record.getMessage()]
+        ready = re.findall(r"is ready: .*'pid': (\d+)", caplog.text)
         if row["steps"] and len(ready) == 1:
-            os.kill(ready[0]["pid"], signal.SIGKILL)
+            os.kill(int(ready[0]), signal.SIGKILL)
 
     out = tmp_path / "out"
     out.mkdir()

@@ -1,14 +1,15 @@
 """The search space: which points are drawn, that draws can be repeated, and what is refused."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from qlora_core.config.sweep import FloatRange, SweepConfig
 from qlora_core.config.train import TrainConfig
 from qlora_core.errors import SweepError
-from qlora_core.sweep.space import cohort_size, grid_size, trial_count, trial_params
+from qlora_core.sweep.record import TrialRecord
+from qlora_core.sweep.space import cohort_size, grid_size, make_sampler, suggest, trial_count, trial_params
 from qlora_core.sweep.study import open_study
 
 LOG_RANGE = FloatRange(low=1e-5, high=1e-2, log=True)
@@ -17,6 +18,7 @@ LOG_RANGE = FloatRange(low=1e-5, high=1e-2, log=True)
 def drawn(folder: Path, sweep: SweepConfig, count: int, batches: int = 1) -> list[dict[str, Any]]:
     """Params of `count` trials; the study is closed and opened again between `batches`."""
     per_batch = -(-count // batches)
+    records: list[TrialRecord] = []
     for opened in range(batches):
         with open_study(folder / "study.db", sweep, TrainConfig(), {}) as study:
             records = study.records(min(count, per_batch * (opened + 1)))
@@ -53,14 +55,16 @@ def test_grid_takes_lists_of_module_names_as_values(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["grid", "random", "tpe"])
-def test_draws_are_the_same_in_one_go_and_over_three_openings(tmp_path: Path, method: str) -> None:
+def test_draws_are_the_same_in_one_go_and_over_three_openings(
+    tmp_path: Path, method: Literal["grid", "random", "tpe"]
+) -> None:
     space = {"learning_rate": [1e-4, 2e-4, 3e-4], "lora_rank": [4, 8]}
     sweep = SweepConfig(method=method, space=space, trials=6, seed=3)
     assert drawn(tmp_path / "a", sweep, 6) == drawn(tmp_path / "b", sweep, 6, batches=3)
 
 
 def test_random_draws_differ_by_seed_and_stay_in_range(tmp_path: Path) -> None:
-    space = {"learning_rate": LOG_RANGE, "lora_rank": FloatRange(low=3.2, high=9)}
+    space: dict[str, Any] = {"learning_rate": LOG_RANGE, "lora_rank": FloatRange(low=3.2, high=9)}
     first, second = (
         drawn(tmp_path / str(seed), SweepConfig(method="random", space=space, seed=seed), 8) for seed in (0, 1)
     )
@@ -75,8 +79,6 @@ def test_a_parameter_half_drawn_is_finished_as_it_would_have_been(tmp_path: Path
     sweep = SweepConfig(method="random", space={"learning_rate": LOG_RANGE, "lora_alpha": FloatRange(low=1, high=64)})
     whole = drawn(tmp_path / "whole", sweep, 1)
     with open_study(tmp_path / "cut" / "study.db", sweep, TrainConfig(), {}) as study:
-        from qlora_core.sweep.space import make_sampler, suggest
-
         trial = study._study.ask()
         study._study.sampler = make_sampler(sweep, 0, "learning_rate")
         suggest(trial, "learning_rate", LOG_RANGE)
@@ -97,7 +99,7 @@ def test_tpe_moves_towards_what_did_well(tmp_path: Path) -> None:
                 record.loss, record.state = abs(record.params["lora_alpha"] - 20), "complete"
                 study.save(record)
                 study.tell(record)
-        losses = [record.loss for record in study.records(18)]
+        losses = [record.loss or 0.0 for record in study.records(18)]
     assert sum(losses[12:]) < sum(losses[:6]) / 2
 
 
