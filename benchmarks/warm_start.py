@@ -20,7 +20,7 @@ from qlora_core.model.base import load_quantized
 from qlora_core.quantization.quantize import quantize_checkpoint
 
 ROUNDS = 5
-SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
+LAYERS = 8
 
 
 def measure() -> dict[str, Any]:
@@ -49,7 +49,14 @@ def measure() -> dict[str, Any]:
 def _write_base(folder: Path) -> int:
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["a b c"], vocab_size=300, max_tokens=128)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SHAPE))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+    )
+    model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -14,7 +14,8 @@
     └── RegistryError    (RuntimeError)  MLflow, versions, aliases
 
 A message names the value, what is allowed, and the next step. To add one: inherit from the root and from the standard
-library's error it replaces, take one positional message (so that it survives pickling between Ray processes), draw it above.
+library's error it replaces, take one positional message (so that it survives the way between Ray processes), draw it
+above.
 """
 
 

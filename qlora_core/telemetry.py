@@ -1,4 +1,4 @@
-"""Usage reporting of the libraries underneath, off unless the user has said otherwise. Knows nothing of our own logs."""
+"""Usage reporting of the libraries underneath, off unless the user says otherwise. Knows nothing of our own logs."""
 
 import os
 

@@ -9,7 +9,10 @@ from tasks.stage_run import TASK_OPTIONS, Spec, run_stage, worth_retrying
 
 
 @task(
-    name="quantize-base", task_run_name="quantize-base {spec[run_id]}", retry_condition_fn=worth_retrying, **TASK_OPTIONS
+    name="quantize-base",
+    task_run_name="quantize-base {spec[run_id]}",
+    retry_condition_fn=worth_retrying,
+    **TASK_OPTIONS,
 )
 def quantize_base(spec: Spec) -> dict[str, Any]:
     """The base in four bits, with its error beside it."""

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from prefect import Task
-from prefect.client.schemas.objects import TaskRun
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
-from prefect.states import State
 
 from qlora_core.errors import JudgeError, RegistryError, StoreError
 from qlora_core.pipeline.pipeline import Pipeline

@@ -19,6 +19,8 @@ def sweep_adapters(spec: Spec) -> dict[str, Any]:
     """Every trial and the best of them. Ray is started, used and ended inside this one task."""
     pipeline, row = run_stage(spec, "sweep")
     swept = pipeline.document("sweep", "sweep.json")
-    table = [{**trial, "params": str(trial["params"]), "best": trial["id"] == swept["best"]} for trial in trial_rows(swept)]
+    table = [
+        {**trial, "params": str(trial["params"]), "best": trial["id"] == swept["best"]} for trial in trial_rows(swept)
+    ]
     create_table_artifact(key="sweep-trials", table=table, description=f"Best trial: {swept['best']}")
     return row

@@ -29,9 +29,7 @@ def promote(
         from qlora_core.registry.promotion import promote as promote_version
 
         loaded = load_config(config, overrides or ())
-        outcome = promote_version(
-            loaded.tracking_uri, loaded.registry.model_name, version=version, policy=loaded.gate
-        )
+        outcome = promote_version(loaded.tracking_uri, loaded.registry.model_name, version=version, policy=loaded.gate)
         report.data = outcome
         report.say(f"verdict: {outcome['verdict']}; champion: {outcome['champion'] or 'none'}")
         for reason in outcome["reasons"]:

@@ -52,22 +52,24 @@ def doctor(
 
 
 def plan(config: ConfigArgument, overrides: SetOption = None, json: JsonOption = False) -> None:
-    """What would run and what is cached, how many trials, and the memory they need.
+    """What would run and what is cached, how many trials, the memory they need, what the judge costs.
 
     Example:
 
       qlora plan pipeline.yaml
     """
     with reporting(json) as report:
-        from qlora_core.pipeline.estimate import estimate_memory, planned_trials
+        from qlora_core.pipeline.estimate import estimate_judge, estimate_memory, planned_trials
 
         pipeline = open_pipeline(config, overrides)
         stages = [stage.row() for stage in pipeline.plan()]
         memory = estimate_memory(pipeline)
         trials = planned_trials(pipeline.job.config)
-        report.data = {"stages": stages, "memory": memory, "trials": trials}
+        judge = estimate_judge(pipeline.job.config)
+        report.data = {"stages": stages, "memory": memory, "trials": trials, "judge": judge}
         for stage in stages:
             report.say(f"{stage['name']:<10} {'cached' if stage['cached'] else 'would run'}")
         report.say(f"trials: {len(trials)}" + "".join(f"\n  {trial}" for trial in trials))
         for name, value in memory.items():
-            report.say(f"{name}: {value / 2**20:,.1f} MiB" if name.endswith("_bytes") else f"{name}: {value}")
+            report.say(f"{name}: {value / 2**20:,.1f} MiB" if isinstance(value, int) else f"{name}: {value}")
+        report.say(f"judge: {judge['kind']}, at most {judge['calls']} calls, about {judge['cost_usd']:.2f} USD")

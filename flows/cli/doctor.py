@@ -3,6 +3,7 @@
 Knows which services there are. How each is reached is asked of its own home in the library.
 """
 
+import importlib
 import importlib.metadata
 import os
 from collections.abc import Callable
@@ -76,13 +77,12 @@ def _bitsandbytes(config: PipelineConfig) -> str:
 
 
 def _prefect(config: PipelineConfig) -> str:
-    from prefect.server.api.server import create_app  # the server's own import is what breaks on a wrong fastapi
-
+    importlib.import_module("prefect.server.api.server")  # its import is what breaks on a wrong fastapi
     versions = {name: importlib.metadata.version(name) for name in ("prefect", "fastapi", "sqlalchemy")}
     if tuple(map(int, versions["sqlalchemy"].split(".")[:2])) >= (2, 1):
         raise RuntimeError(f"sqlalchemy {versions['sqlalchemy']}: scheduled runs never appear from 2.1 on")
     where = os.environ.get("PREFECT_API_URL", "in-process")
-    return f"{create_app.__name__} imports; {', '.join(f'{k} {v}' for k, v in versions.items())}; API {where}"
+    return f"{', '.join(f'{name} {version}' for name, version in versions.items())}; API {where}"
 
 
 def _ray(config: PipelineConfig) -> str:

@@ -18,7 +18,9 @@ class QuantTypeOption(StrEnum):
 
 def quantize(
     source: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder.", show_default=False)],
-    target: Annotated[Path, typer.Argument(help="Where the 4-bit checkpoint goes; must not exist.", show_default=False)],
+    target: Annotated[
+        Path, typer.Argument(help="Where the 4-bit checkpoint goes; must not exist.", show_default=False)
+    ],
     quant_type: Annotated[QuantTypeOption, typer.Option("--type", help="4-bit data type.")] = QuantTypeOption.NF4,
     blocksize: Annotated[int, typer.Option(help="Weights that share one absmax.")] = 64,
     double_quant: Annotated[bool, typer.Option(help="Quantize the absmax constants too.")] = True,
@@ -41,14 +43,18 @@ def quantize(
         made = quantize_folder(source, target, parse_section(QuantizeConfig, settings, "quantize"))
         names = ("parameters", "bits_per_parameter", "relative_l2", "seconds", "peak_rss_bytes")
         report.data = {name: made[name] for name in names}
-        report.say(f"{made['parameters']:,} parameters at {made['bits_per_parameter']:.3f} bits in the quantized layers")
+        report.say(
+            f"{made['parameters']:,} parameters at {made['bits_per_parameter']:.3f} bits in the quantized layers"
+        )
         report.say(f"relative L2 error {made['relative_l2']:.4f}; {made['seconds']:.1f} s; wrote {target}")
 
 
 def perplexity(
     model: Annotated[Path, typer.Argument(help="A checkpoint folder, 4-bit or not.", show_default=False)],
     text: Annotated[Path, typer.Option("--text", help="A UTF-8 text file.", show_default=False)],
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="A PEFT adapter folder to put on the model.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="A PEFT adapter folder to put on the model.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Token-weighted loss of a model on a text; documents separated by <|endoftext|> are scored apart.

@@ -1,4 +1,4 @@
-"""What a command says and how it ends: one JSON object or readable text on standard output, everything else on standard error.
+"""What a command says and how it ends: one JSON object or text on standard output, all else on standard error.
 
 Knows nothing of the commands themselves.
 """
@@ -99,3 +99,5 @@ def _set_up_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for package in ("qlora_core", "tasks", "flows"):
         logging.getLogger(package).setLevel(level)
+    # On some CPUs it looks for an optional kernel package and warns that there is none: nobody has to act on that.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -27,7 +27,7 @@ def open_pipeline(config: Path, overrides: list[str] | None) -> "Pipeline":
 def run(config: ConfigArgument, overrides: SetOption = None, json: JsonOption = False) -> None:
     """The whole job: curate, quantize, sweep, evaluate, gate, register.
 
-    Finished stages are taken from the store; an interrupted run goes on where it stopped when the same command is given.
+    Finished stages are taken from the store. Given again, the same command goes on where it was interrupted.
 
     Examples:
 
@@ -56,7 +56,7 @@ def _say_summary(report: Report, summary: dict[str, Any]) -> None:
         report.say(f"{stage['name']:<10} " + ("cached" if stage["cached"] else f"{stage['seconds']:.1f} s"))
     report.say("")
     for trial in summary["trials"]:
-        report.say(_trial_line(trial, summary["best"]))
+        report.say(_trial_line(trial, summary["best"], summary["varied"]))
     report.say("")
     for line in summary["headline"]:
         report.say(line)
@@ -67,8 +67,8 @@ def _say_summary(report: Report, summary: dict[str, Any]) -> None:
     report.say(f"report: {summary['report']}")
 
 
-def _trial_line(trial: dict[str, Any], best: str) -> str:
-    params = " ".join(f"{name}={value}" for name, value in trial["params"].items())
+def _trial_line(trial: dict[str, Any], best: str, varied: list[str]) -> str:
+    params = " ".join(f"{name}={trial['params'][name]}" for name in varied)
     loss = "no loss" if trial["loss"] is None else f"loss {trial['loss']:.4f}"
     mark = "  <- best" if trial["id"] == best else ""
     error = f"  {trial['error']}" if trial["error"] else ""
@@ -124,7 +124,7 @@ def sweep(config: ConfigArgument, overrides: SetOption = None, json: JsonOption 
         rows = trial_rows(swept)
         report.data = {"trials": rows, "best": swept["best"], "adapter": str(result.artifact.path / "adapter")}
         for row in rows:
-            report.say(_trial_line(row, swept["best"]))
+            report.say(_trial_line(row, swept["best"], swept["varied"]))
         report.say(f"adapter: {result.artifact.path / 'adapter'}")
 
 

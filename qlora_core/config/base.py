@@ -9,4 +9,6 @@ class BaseConfig(Section):
     """Which pretrained model is quantized and frozen."""
 
     model: str = Field(description="a checkpoint folder, a hub name, or `demo` for the small model made on the spot")
-    revision: str | None = Field(default=None, description="hub commit; needed for a hub name so that runs can be repeated")
+    revision: str | None = Field(
+        default=None, description="hub commit; needed for a hub name so that runs can be repeated"
+    )

@@ -29,7 +29,15 @@ class DataConfig(Section):
 
     sources: list[str] = Field(min_length=1, description="files or folders; formats are recognised by content")
     split: SplitConfig = SplitConfig()
-    chat_template: str | None = Field(default=None, description="a Jinja file; default: the base tokenizer's own template")
-    max_tokens: int = Field(default=512, ge=8, description="longest row, in the base tokenizer's tokens after the template")
-    over_long: Literal["drop", "cut"] = Field(default="drop", description="cut trains the kept part without a stop token")
-    max_quarantined_share: float = Field(default=0.2, ge=0, le=1, description="more unreadable rows than this stop the run")
+    chat_template: str | None = Field(
+        default=None, description="a Jinja file; default: the base tokenizer's own template"
+    )
+    max_tokens: int = Field(
+        default=512, ge=8, description="longest row, in the base tokenizer's tokens after the template"
+    )
+    over_long: Literal["drop", "cut"] = Field(
+        default="drop", description="cut trains the kept part without a stop token"
+    )
+    max_quarantined_share: float = Field(
+        default=0.2, ge=0, le=1, description="more unreadable rows than this stop the run"
+    )

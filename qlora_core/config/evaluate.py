@@ -11,7 +11,7 @@ class JudgeConfig(Section):
     """Who compares two answers. The API key comes from the environment (OPENAI_API_KEY) and nowhere else."""
 
     kind: Literal["auto", "openai", "offline", "none"] = Field(
-        "auto", description="auto: openai when OPENAI_API_KEY is set, else offline (uncertified)"
+        default="auto", description="auto: openai when OPENAI_API_KEY is set, else offline (uncertified)"
     )
     model: str = "gpt-4.1"
     base_url: str | None = Field(default=None, description="any OpenAI-compatible endpoint; default: the client's own")
@@ -20,7 +20,9 @@ class JudgeConfig(Section):
     timeout_s: float = Field(default=60.0, gt=0)
     max_retries: int = Field(default=4, ge=0)
     budget_usd: float = Field(default=5.0, gt=0, description="no call starts once this is spent")
-    input_usd_per_million: float | None = Field(default=None, ge=0, description="price of a model the price table lacks")
+    input_usd_per_million: float | None = Field(
+        default=None, ge=0, description="price of a model the price table lacks"
+    )
     output_usd_per_million: float | None = Field(default=None, ge=0)
 
 

@@ -1,4 +1,4 @@
-"""Reading a pipeline config: file, `--set` overrides, and every mistake at once with its line and the nearest valid name."""
+"""Reading a pipeline config: file, `--set` overrides, and every mistake at once, with its line and the nearest name."""
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches

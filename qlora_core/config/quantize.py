@@ -15,4 +15,6 @@ class QuantizeConfig(Section):
     type: Literal["nf4", "fp4"] = "nf4"
     blocksize: Blocksize = 64
     double_quant: bool = Field(default=True, description="quantize the absmax constants too: 4.127 instead of 4.5 bits")
-    skip_modules: list[str] = Field(default=["lm_head"], description="Linear modules kept in full precision, by name ending")
+    skip_modules: list[str] = Field(
+        default=["lm_head"], description="Linear modules kept in full precision, by name ending"
+    )

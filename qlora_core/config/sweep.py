@@ -60,5 +60,7 @@ class SweepConfig(Section):
     def _grid_needs_lists(self) -> "SweepConfig":
         ranges = [name for name, values in self.space.items() if isinstance(values, FloatRange)]
         if self.method == "grid" and ranges:
-            raise ValueError(f"a grid needs lists of values, but {ranges} are ranges; list values or use method: random")
+            raise ValueError(
+                f"a grid needs lists of values, but {ranges} are ranges; list values or use method: random"
+            )
         return self

@@ -20,7 +20,9 @@ class TrainConfig(Section):
     epochs: float = Field(default=3.0, gt=0, description="passes over the training rows, unless max_steps is set")
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; overrides epochs")
     micro_batch_size: int = Field(default=4, ge=1)
-    gradient_accumulation_steps: int = Field(default=4, ge=1, description="effective batch = this times micro_batch_size")
+    gradient_accumulation_steps: int = Field(
+        default=4, ge=1, description="effective batch = this times micro_batch_size"
+    )
     group_by_length: bool = True
     optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = "paged_adamw_32bit"
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -28,6 +30,8 @@ class TrainConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=0.3, gt=0)
     gradient_checkpointing: bool = False
-    precision: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: bf16 where it is native")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bf16 where it is native"
+    )
     checkpoint_every_steps: int = Field(default=50, ge=1)
     seed: int = Field(default=0, ge=0)

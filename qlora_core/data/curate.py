@@ -51,7 +51,7 @@ def curate(
     Raises DataError for files and rows that cannot be used and for a split that ends up empty, MaskError for a chat
     template whose mask cannot be proven, ModelError for an unusable tokenizer.
     """
-    readings = read_sources(list_source_files(sources))
+    readings = read_sources(list_source_files(sources, announce=True))
     check_quarantine(readings, config.max_quarantined_share)
     rows = [row for reading in readings for row in reading.rows]
     unique, duplicates = drop_duplicates(rows, {reading.name: place for place, reading in enumerate(readings)})

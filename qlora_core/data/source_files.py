@@ -20,12 +20,12 @@ class SourceFile:
     path: Path
 
 
-def list_source_files(sources: Sequence[Path]) -> list[SourceFile]:
+def list_source_files(sources: Sequence[Path], *, announce: bool = False) -> list[SourceFile]:
     """Every dataset file of `sources`, in their order; a folder gives its files (and its folders') sorted by name.
 
-    In a folder only the suffixes in `DATA_SUFFIXES` count, and what is passed over is logged; a file named directly is
-    taken whatever its name. Hidden files and folders are left alone. A file reached twice is listed once. Names: a
-    file's own, or `folder/inner/file.json`; a name already taken gets `#2`.
+    In a folder only the suffixes in `DATA_SUFFIXES` count, and with `announce` what is passed over is logged; a file
+    named directly is taken whatever its name. Hidden files and folders are left alone. A file reached twice is listed
+    once. Names: a file's own, or `folder/inner/file.json`; a name already taken gets `#2`.
 
     Raises DataError for a source that does not exist and for a folder without dataset files.
     """
@@ -33,9 +33,10 @@ def list_source_files(sources: Sequence[Path]) -> list[SourceFile]:
     seen: set[Path] = set()
     taken: set[str] = set()
     for source in sources:
-        for inner_name, path in _files_of(source):
+        for inner_name, path in _files_of(source, announce):
             if path.resolve() in seen:
-                logger.info("%s is named by two sources; it is read once", inner_name)
+                if announce:
+                    logger.info("%s is named by two sources; it is read once", inner_name)
                 continue
             seen.add(path.resolve())
             name = _free_name(inner_name, taken)
@@ -44,7 +45,7 @@ def list_source_files(sources: Sequence[Path]) -> list[SourceFile]:
     return files
 
 
-def _files_of(source: Path) -> list[tuple[str, Path]]:
+def _files_of(source: Path, announce: bool) -> list[tuple[str, Path]]:
     if source.is_file():
         return [(source.name, source)]
     if not source.is_dir():
@@ -59,7 +60,7 @@ def _files_of(source: Path) -> list[tuple[str, Path]]:
     )
     chosen = [(name, path) for name, path in visible if name.lower().endswith(DATA_SUFFIXES)]
     passed_over = [name for name, _ in visible if not name.lower().endswith(DATA_SUFFIXES)]
-    if passed_over:
+    if passed_over and announce:
         logger.info("in %s not read, because not named like a dataset: %s", source.name, ", ".join(passed_over))
     if not chosen:
         raise DataError(

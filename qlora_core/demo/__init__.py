@@ -1,1 +1,1 @@
-"""The demo: a small base model and an instruction set, both made on the spot. Needs no network and no data of others."""
+"""The demo: a small base model and an instruction set, both made on the spot from the project's own sentences."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_core.demo.tasks import FAMILIES, Task, long_prompt, make_tasks
+from qlora_core.demo.tasks import FAMILIES, Task, make_tasks, over_long_task
 
 
 class Planted(NamedTuple):
@@ -72,9 +72,7 @@ def _with_faults(tasks: list[Task], rng: random.Random) -> list[list[Task]]:
         file += within
         files[(index + 1) % 3] += across
         files[(index + 2) % 3] += [_near_copy(task, rng) for task in near]
-        file += [
-            Task("list", long_prompt(OVER_LONG_WORDS + number, rng), "", "This list is too long.") for number in range(8)
-        ]
+        file += [over_long_task(OVER_LONG_WORDS + number, rng) for number in range(8)]
     for file in files:
         rng.shuffle(file)
     return files
@@ -130,7 +128,7 @@ _BROKEN_ALPACA: tuple[Any, ...] = (
     {"instruction": "What colour is the fox?", "input": "", "output": "", "category": "colour"},
     {"instruction": "Which kind is the pear?", "input": "", "output": "   ", "category": "kind"},
     {"instruction": "Name the opposite of dark.", "input": "", "category": "opposite"},
-    {"input": "fox, hat, red", "output": "fox", "category": "list"},
+    {"input": "fox, hat, red", "output": "fox", "category": "before"},
     {"instruction": 17, "input": "", "output": "18", "category": "counting"},
     {"instruction": "Write saw in capitals.", "input": "", "output": ["SAW"], "category": "capitals"},
 )

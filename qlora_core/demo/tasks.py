@@ -39,9 +39,7 @@ def _distinct(candidates: Iterator[Task], count: int) -> list[Task]:
     return list(found.values())
 
 
-def _crossed(
-    category: str, answers: dict[str, str], wordings: tuple[str, ...], rng: random.Random
-) -> Iterator[Task]:
+def _crossed(category: str, answers: dict[str, str], wordings: tuple[str, ...], rng: random.Random) -> Iterator[Task]:
     """Every wording with every word, in random order: `{}` in a wording is the word."""
     pairs = [(wording, word) for wording in wordings for word in answers]
     rng.shuffle(pairs)
@@ -110,14 +108,14 @@ def _capitals(rng: random.Random) -> Iterator[Task]:
     return _crossed("capitals", {word: word.upper() for word in words}, wordings, rng)
 
 
-def _list_end(rng: random.Random) -> Iterator[Task]:
-    wordings = ("What is the {} word of this list?", "Name the {} word.", "Say the {} word of the list.")
-    words = [thing.name for thing in THINGS] + list(COLOURS) + list(OPPOSITES)
-    while True:
-        members = rng.sample(words, rng.randint(3, 5))
-        end = rng.choice(("first", "last"))
-        answer = members[0] if end == "first" else members[-1]
-        yield Task("list", rng.choice(wordings).format(end), f"Words: {', '.join(members)}", answer)
+def _before(rng: random.Random) -> Iterator[Task]:
+    wordings = (
+        "What comes before {}?",
+        "Which number is before {}?",
+        "Say the number before {}.",
+        "Name what precedes {}.",
+    )
+    return _crossed("before", {str(number): str(number - 1) for number in range(1, 100)}, wordings, rng)
 
 
 def _comparison(rng: random.Random) -> Iterator[Task]:
@@ -143,7 +141,12 @@ def _counting(rng: random.Random) -> Iterator[Task]:
 
 
 def _membership(rng: random.Random) -> Iterator[Task]:
-    wordings = ("Is the {0} {1}?", "Yes or no: the {0} is {1}.", "Would you say the {0} is {1}?", "The {0} is {1}, true?")
+    wordings = (
+        "Is the {0} {1}?",
+        "Yes or no: the {0} is {1}.",
+        "Would you say the {0} is {1}?",
+        "The {0} is {1}, true?",
+    )
     while True:
         thing = rng.choice(THINGS)
         kind = thing.kind if rng.random() < 0.5 else rng.choice([kind for kind in KINDS if kind != thing.kind])
@@ -165,7 +168,7 @@ FAMILIES: dict[str, Callable[[random.Random], Iterator[Task]]] = {
     "kind": _kind,
     "plural": _plural,
     "capitals": _capitals,
-    "list": _list_end,
+    "before": _before,
     "comparison": _comparison,
     "counting": _counting,
     "membership": _membership,
@@ -174,7 +177,7 @@ FAMILIES: dict[str, Callable[[random.Random], Iterator[Task]]] = {
 """What a task's category may be, and the maker of its endless or finite stream of tasks."""
 
 
-def long_prompt(word_count: int, rng: random.Random) -> str:
-    """A list question with `word_count` words: far more tokens than the demo's model has room for."""
+def over_long_task(word_count: int, rng: random.Random) -> Task:
+    """A task with `word_count` words in its question: far more tokens than the demo's model has room for."""
     words = [rng.choice(THINGS).name for _ in range(word_count)]
-    return f"What is the first word of this list? {listing(words)}"
+    return Task("capitals", f"Write {listing(words)} in capitals.", "", listing(words).upper())

@@ -77,6 +77,12 @@ def _kind_list(rng: random.Random) -> str:
     return f"{_capital(listing(members))} are {kind}s."
 
 
+def _membership_fact(rng: random.Random) -> str:
+    thing, kind = rng.choice(THINGS), rng.choice(KINDS)
+    kind = rng.choice((kind, thing.kind))
+    return f"The {thing.name} is {with_article(kind)}, {'yes' if kind == thing.kind else 'no'}."
+
+
 def _plural_fact(rng: random.Random) -> str:
     thing = rng.choice(THINGS)
     return rng.choice(
@@ -112,7 +118,9 @@ def _comparison(rng: random.Random) -> str:
 
 def _headline(rng: random.Random) -> str:
     word = rng.choice((rng.choice(THINGS).name, rng.choice(COLOURS)))
-    return rng.choice((f"The sign said {word.upper()}, which means {word}.", f"{word.upper()} is {word} in capitals."))
+    return rng.choice(
+        (f"The sign said {word.upper()}, which means {word}.", f"The word {word} in capitals is {word.upper()}.")
+    )
 
 
 def _word_list(rng: random.Random) -> str:
@@ -177,6 +185,7 @@ _PROSE: tuple[Callable[[random.Random], str], ...] = (
     _colour_fact,
     _kind_fact,
     _kind_list,
+    _membership_fact,
     _plural_fact,
     _opposite_fact,
     _counting,

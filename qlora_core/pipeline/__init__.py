@@ -1,1 +1,1 @@
-"""The stages as one job: keys, what is cached, what must run. Knows the order of the stages and nothing of their contents."""
+"""The stages as one job: keys, what is cached, what must run. Knows the stages' order, not their contents."""

@@ -46,7 +46,7 @@ def is_demo(config: PipelineConfig) -> bool:
 def locate_base(config: PipelineConfig) -> BaseModelFiles:
     """The checked checkpoint that `base.model` names (not for the demo model, which is a stage of its own).
 
-    Raises ModelError for a folder without safetensors weights, ConfigError for a name that is neither folder nor hub name.
+    Raises ModelError for a folder without safetensors weights, ConfigError for what is neither folder nor hub name.
     """
     name = config.base.model
     folder = config.path(name)

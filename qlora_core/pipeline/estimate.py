@@ -5,11 +5,14 @@ depend on the kernels; the figures are therefore floors, and are named so.
 """
 
 import itertools
+import os
 from typing import Any
 
 from qlora_core.config.pipeline import PipelineConfig
 from qlora_core.config.sweep import SweepConfig
 from qlora_core.config.train import TrainConfig
+from qlora_core.evaluation.judge_client import resolve_kind
+from qlora_core.evaluation.judge_openai import planned_cost_usd
 from qlora_core.pipeline.pipeline import Pipeline
 from qlora_core.quantization.checkpoint import StoredTensor, read_model_config, read_tensors
 from qlora_core.sweep.space import trial_count
@@ -22,17 +25,31 @@ def planned_trials(config: PipelineConfig) -> list[dict[str, Any]]:
     """The trials' settings where they are known before the run (a grid), else one `{"draw": n}` for each draw."""
     sweep = config.sweep
     if sweep.method == "grid":
-        names = list(sweep.space)
-        points = itertools.product(*(sweep.space[name] for name in names))  # type: ignore[arg-type]  # a grid has lists only
-        return [dict(zip(names, point, strict=True)) for point in points][: trial_count(sweep)]
+        lists = {name: values for name, values in sweep.space.items() if isinstance(values, list)}
+        points = itertools.product(*lists.values())
+        return [dict(zip(lists, point, strict=True)) for point in points][: trial_count(sweep)]
     return [{"draw": number} for number in range(trial_count(sweep))]
+
+
+def estimate_judge(config: PipelineConfig) -> dict[str, Any]:
+    """The judge to be asked: `kind`, `calls` at most (two orders a prompt), `cost_usd`, and the `budget_usd` cap.
+
+    Raises ConfigError where an endpoint's price is not known.
+    """
+    kind = resolve_kind(config.evaluate.judge, os.environ)
+    return {
+        "kind": kind,
+        "calls": 0 if kind == "none" else 2 * config.evaluate.max_prompts,
+        "cost_usd": planned_cost_usd(config.evaluate, os.environ),
+        "budget_usd": config.evaluate.judge.budget_usd,
+    }
 
 
 def estimate_memory(pipeline: Pipeline) -> dict[str, int | str]:
     """Bytes of one worker for its largest trial; a note instead where the base has yet to be made.
 
-    Keys: `quantized_base_bytes`, `adapter_bytes` (float32 weights and gradients), `optimizer_bytes`, `logits_bytes` (one
-    micro-batch at `data.max_tokens`, float32, with its gradient) and `floor_bytes`, their sum without activations.
+    Keys: `quantized_base_bytes`, `adapter_bytes` (float32 weights and gradients), `optimizer_bytes`, `logits_bytes`
+    (one micro-batch at `data.max_tokens`, float32, with its gradient) and `floor_bytes`, their sum: no activations.
     """
     base = pipeline.job.external_base
     if base is None:
@@ -65,7 +82,7 @@ def _account(
 
 
 def bits_per_parameter(config: PipelineConfig) -> float:
-    """Stored bits of one quantized weight: 4 + 32/blocksize, or with double quantization 4 + 8/blocksize + 32/(256 blocksize).
+    """Stored bits of one quantized weight: 4 + 32/B at blocksize B, with double quantization 4 + 8/B + 32/(256 B).
 
     Dettmers et al. 2023, section 3: 4.5 and 4.127 at blocksize 64.
     """

@@ -43,7 +43,9 @@ class Job:
             return None
         path = self.config.path(self.config.data.chat_template)
         if not path.is_file():
-            raise ConfigError(f"data.chat_template: no such file {str(path)!r}; give a Jinja file, or leave the key out")
+            raise ConfigError(
+                f"data.chat_template: no such file {str(path)!r}; give a Jinja file, or leave the key out"
+            )
         return path
 
     @cached_property

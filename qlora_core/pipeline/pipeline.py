@@ -100,7 +100,9 @@ class Pipeline:
 
         artifact, cached = self.job.store.get_or_build(key, announced)
         seconds = time.monotonic() - started
-        logger.info("%s: %s in %.1f s (%s)", name, "cached" if cached else "done", seconds, key.key[:12])
+        # Every task looks at the stages before its own: a hit is news only once, in the run's summary.
+        level = logging.DEBUG if cached else logging.INFO
+        logger.log(level, "%s: %s in %.1f s (%s)", name, "cached" if cached else "done", seconds, key.key[:12])
         self._results[name] = StageResult(name, key.key, cached, seconds, artifact)
         return self._results[name]
 

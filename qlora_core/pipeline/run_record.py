@@ -27,7 +27,7 @@ class RunRecord:
 
     @classmethod
     def start(cls, config: PipelineConfig) -> "RunRecord":
-        """Give the run an id and save the resolved config; the store is checked first, so that nothing is half-begun."""
+        """Give the run an id and save its resolved config, once the store is known to work."""
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         record = cls(f"{stamp}-{secrets.token_hex(3)}", config)
         Pipeline(config).job.store.check()
@@ -62,6 +62,7 @@ class RunRecord:
             "stages": stages,
             "trials": trial_rows(swept),
             "best": swept["best"],
+            "varied": swept["varied"],
             "metrics": evaluation["metrics"],
             "headline": headline(evaluation),
             # The registration's: a champion that changed since the decision turns PROMOTE into HOLD.

@@ -5,13 +5,14 @@ nothing of paths, times, workers or logs. Raise a stage's `version` whenever its
 Heavy imports stand inside the builders, so that keys can be computed without torch.
 """
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qlora_core.digest import digest_files, digest_json
+from qlora_core.evaluation.judge_client import custom_url, resolve_kind
 from qlora_core.pipeline.base_source import BaseModelFiles, is_demo
 from qlora_core.pipeline.job import Job
 from qlora_core.quantization.checkpoint import tokenizer_files
@@ -107,19 +108,16 @@ def _build_sweep(job: Job, inputs: Inputs, out: Path) -> None:
 
 def judge_kind(job: Job) -> str:
     """Which judge `auto` means here: the endpoint when its key is in the environment, else the offline one."""
-    from qlora_core.evaluation.judge_client import resolve_kind
-
     return resolve_kind(job.config.evaluate.judge, os.environ)
 
 
 def _evaluate_key(job: Job, inputs: Manifests) -> StageKey:
     settings = job.section("evaluate", without=frozenset({"batch_size", "judge"}))
-    judge: dict[str, Any] = {"kind": judge_kind(job)}
-    if judge["kind"] == "openai":
-        how_only = {"timeout_s", "max_retries", "input_usd_per_million", "output_usd_per_million", "kind"}
-        settings_of_judge = job.config.evaluate.judge.model_dump(mode="json")
-        judge |= {name: value for name, value in settings_of_judge.items() if name not in how_only}
-    settings["judge"] = judge
+    judge = job.config.evaluate.judge
+    settings["judge"] = {"kind": judge_kind(job)}
+    if judge_kind(job) == "openai":
+        chosen = judge.model_dump(mode="json", include={"model", "temperature", "max_answer_tokens", "budget_usd"})
+        settings["judge"] |= {**chosen, "endpoint": custom_url(judge, os.environ)}
     digests = {name: inputs[name].digest for name in ("curate", "quantize", "sweep")}
     return StageKey("evaluate", "1", settings, digests)
 
@@ -142,8 +140,6 @@ def _build_evaluate(job: Job, inputs: Inputs, out: Path) -> None:
 
 def lineage(job: Job, inputs: Inputs) -> dict[str, str]:
     """The digests an adapter is bound to: what it was made from, by content."""
-    import json
-
     curation = json.loads((inputs["curate"].path / "curation.json").read_text())
     return {
         "base_revision": job.config.base.revision or "none",

@@ -52,7 +52,7 @@ def decide(evaluation: Mapping[str, Any], champion: Mapping[str, Any] | None, po
     except _UnusableEvidenceError as error:
         return Decision("INVALID", (f"The evidence cannot be used: {error}.",))
     found = {finding.verdict for finding in findings}
-    verdict = next(verdict for verdict in _SEVERITY if verdict in found)
+    verdict: Verdict = min(found, key=_SEVERITY.index)
     return Decision(verdict, tuple(finding.sentence for finding in findings))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_core.digest import canonical_json
 from qlora_core.registry.aliases import CHAMPION, alias_version
 from qlora_core.registry.connection import connect, sqlite_file
+from qlora_core.registry.sqlite_lookup import finished_registration
 from qlora_core.registry.versions import RegisteredVersion, get_version, set_version_tag, versions_of_run
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ def find_registration(tracking_uri: str, model_name: str, run_key: str) -> dict[
     database = sqlite_file(tracking_uri)
     if database is not None and not database.is_file():
         return None
+    if database is not None:
+        finished = finished_registration(database, model_name, run_key, REGISTRATION_TAG)
+        if finished is not None:
+            return finished
     client = connect(tracking_uri)
     for version in versions_of_run(client, model_name, run_key):
         if REGISTRATION_TAG not in version.tags:

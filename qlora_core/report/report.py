@@ -55,25 +55,29 @@ def write_report(
     answers = read_answers(evaluation_folder)
     matches = match_table(answers, evaluation["metrics"]["heldout"]["confidence"])
     varied = _varied(sweep)
-    page = _environment().get_template("report.html.jinja").render(
-        config=config,
-        config_yaml=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True),
-        config_digest=digest_json(dict(config)),
-        curation=curation,
-        quantization=quantization,
-        sweep=sweep,
-        varied=varied,
-        evaluation=evaluation,
-        heldout=evaluation["metrics"]["heldout"],
-        exact=evaluation["metrics"]["exact_match"],
-        judge=evaluation["metrics"]["judge"],
-        decision=decision,
-        lead=LEADS[decision["verdict"]],
-        matches=matches,
-        samples=sample_answers(answers, SHOWN_ANSWERS),
-        answer_count=len(answers),
-        quarantined=_quarantined(curated_folder),
-        figures=_figures(curation, quantization, sweep, varied, matches),
+    page = (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            config=config,
+            config_yaml=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True),
+            config_digest=digest_json(dict(config)),
+            curation=curation,
+            quantization=quantization,
+            sweep=sweep,
+            varied=varied,
+            evaluation=evaluation,
+            heldout=evaluation["metrics"]["heldout"],
+            exact=evaluation["metrics"]["exact_match"],
+            judge=evaluation["metrics"]["judge"],
+            decision=decision,
+            lead=LEADS[decision["verdict"]],
+            matches=matches,
+            samples=sample_answers(answers, SHOWN_ANSWERS),
+            answer_count=len(answers),
+            quarantined=_quarantined(curated_folder),
+            figures=_figures(curation, quantization, sweep, varied, matches),
+        )
     )
     out.write_text(page, encoding="utf-8", newline="\n")
 

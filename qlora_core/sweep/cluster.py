@@ -137,6 +137,14 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cluster_resources(compute: ComputeConfig) -> str:
+    """What a sweep would have to work with, in words. Connects, or starts a local Ray and ends it again: seconds."""
+    with ray_connection(compute.ray_address, compute.workers):
+        import ray
+
+        return _resources(ray.cluster_resources())
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a call ended: with `result`, or with `error`. `died`: the worker is gone, and how far it came is unknown."""

@@ -16,7 +16,7 @@ DEPLOYMENTS = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text()
 
 
 def test_every_yaml_under_deployments_is_checked_here() -> None:
-    found = {path for path in (ROOT / "deployments").rglob("*.y*ml")}
+    found = set((ROOT / "deployments").rglob("*.y*ml"))
     assert found == {*CONFIGS, ROOT / "deployments" / "prefect.yaml"}
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import Result
 from typer.testing import CliRunner
 
 from flows.cli.app import app
@@ -17,7 +16,7 @@ def qlora_here(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, st
     """Run a command in this process; returns the exit code and all it said."""
 
     def run(*arguments: object) -> tuple[int, str]:
-        result: Result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         said = capfd.readouterr()
@@ -33,7 +32,9 @@ def stored(config: Path) -> list[str]:
     """The stages that have an artifact in the project's store, and anything unfinished."""
     root = config.parent / ".qlora" / "v1"
     stages = sorted(path.parent.parent.name for path in root.glob("stage/*/*/manifest.json"))
-    unfinished = [path.name for path in root.glob("*") if path.name not in ("stage", "quarantine") and any(path.iterdir())]
+    unfinished = [
+        path.name for path in root.glob("*") if path.name not in ("stage", "quarantine") and any(path.iterdir())
+    ]
     return stages + unfinished
 
 
@@ -73,7 +74,9 @@ def test_corrupt_dataset_file_is_named(qlora_here: Run, tiny_project: Path, text
 
 
 def test_row_with_an_unknown_role_is_quarantined_with_its_reason(qlora_here: Run, tiny_project: Path) -> None:
-    good = [{"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]} for n in range(60)]
+    good = [
+        {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]} for n in range(60)
+    ]
     bad = {"messages": [{"role": "wizard", "content": "q"}, {"role": "assistant", "content": "a"}]}
     (tiny_project.parent / "data" / "rows.json").unlink()
     lines = "\n".join(json.dumps(row) for row in [*good, bad])

@@ -57,7 +57,11 @@ def test_killed_run_is_finished_by_the_same_command(
     log = tmp_path / "killed.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [QLORA, "sweep", str(tiny_project)], env=prefect_server, stdout=stream, stderr=stream, start_new_session=True
+            [QLORA, "sweep", str(tiny_project)],
+            env=prefect_server,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
         )
         while "sweep: started" not in log.read_text(errors="replace"):
             assert process.poll() is None, log.read_text()[-2000:]
@@ -65,6 +69,8 @@ def test_killed_run_is_finished_by_the_same_command(
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert stages_in(tiny_project.parent / ".qlora") == {"curate", "quantize"}
-    done = subprocess.run([QLORA, "sweep", str(tiny_project), "--json"], env=prefect_server, capture_output=True, text=True)
+    done = subprocess.run(
+        [QLORA, "sweep", str(tiny_project), "--json"], env=prefect_server, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["best"]

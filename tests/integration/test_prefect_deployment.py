@@ -67,7 +67,9 @@ def test_scheduled_run_of_a_deployment_appears(deployed: dict[str, str]) -> None
     scheduled: list[dict[str, Any]] = []
     while not scheduled and time.monotonic() < deadline:
         time.sleep(1)
-        scheduled = runs(deployed, flow_runs={"state": {"type": {"any_": ["SCHEDULED"]}}, "tags": {"all_": ["scheduled"]}})
+        scheduled = runs(
+            deployed, flow_runs={"state": {"type": {"any_": ["SCHEDULED"]}}, "tags": {"all_": ["scheduled"]}}
+        )
     assert any(run["auto_scheduled"] for run in scheduled)
     assert "InvalidRequestError" not in Path(deployed["PREFECT_SERVER_LOG"]).read_text()
 

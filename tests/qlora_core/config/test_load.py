@@ -34,7 +34,12 @@ def test_minimal_config_has_the_papers_defaults(tmp_path: Path) -> None:
     # QLoRA paper, appendix B: r=64, alpha=16, 2e-4 constant, beta2 .999, clip .3, dropout .1 up to 13B, NF4 + DQ.
     train = config.train
     assert (train.lora_rank, train.lora_alpha, train.lora_dropout) == (64, 16, 0.1)
-    assert (train.learning_rate, train.schedule, train.adam_beta2, train.max_grad_norm) == (2e-4, "constant", 0.999, 0.3)
+    assert (train.learning_rate, train.schedule, train.adam_beta2, train.max_grad_norm) == (
+        2e-4,
+        "constant",
+        0.999,
+        0.3,
+    )
     assert (train.target_modules, train.optimizer, train.group_by_length) == ("all-linear", "paged_adamw_32bit", True)
     assert (config.quantize.type, config.quantize.double_quant, config.quantize.blocksize) == ("nf4", True, 64)
 
@@ -50,7 +55,9 @@ def test_unknown_key_far_from_all_lists_what_is_allowed(tmp_path: Path) -> None:
 
 def test_nested_unknown_key_is_explained_by_its_own_section(tmp_path: Path) -> None:
     text = MINIMAL + "evaluate:\n  judge:\n    buget_usd: 3\n"
-    assert "pipeline.yaml:5: evaluate.judge.buget_usd: unknown key; did you mean 'budget_usd'?" in message(tmp_path, text)
+    assert "pipeline.yaml:5: evaluate.judge.buget_usd: unknown key; did you mean 'budget_usd'?" in message(
+        tmp_path, text
+    )
 
 
 def test_all_mistakes_come_together(tmp_path: Path) -> None:

@@ -84,7 +84,9 @@ def test_shape_suits_nf4(model: PreTrainedModel) -> None:
     assert model.config.max_position_embeddings == 256
 
 
-@pytest.mark.parametrize("text", ["The fox is red.", "Grüße, 你好 🦊", "  two  blanks\n\ttab ", "x = 12345;", "\x00\x7f"])
+@pytest.mark.parametrize(
+    "text", ["The fox is red.", "Grüße, 你好 🦊", "  two  blanks\n\ttab ", "x = 12345;", "\x00\x7f"]
+)
 def test_tokenizer_round_trips_any_text(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
@@ -97,9 +99,7 @@ def test_special_tokens_are_apart(tokenizer: PreTrainedTokenizerBase, model: Pre
 
 
 def test_template_marks_the_assistants_words_and_stop_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    encoded = tokenizer.apply_chat_template(
-        TURNS, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    encoded = tokenizer.apply_chat_template(TURNS, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     trained = [i for i, on in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if on]
     assert tokenizer.decode(trained) == " cold<|end|> mice<|end|>"
 

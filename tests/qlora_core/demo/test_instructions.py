@@ -143,7 +143,9 @@ def test_tasks_do_not_repeat_a_prompt_and_stop_at_the_count() -> None:
 
 
 def test_the_words_are_told_apart() -> None:
-    assert len({thing.name for thing in THINGS}) == len({thing.plural for thing in THINGS} - {"sheep"}) + 1 == len(THINGS)
+    assert (
+        len({thing.name for thing in THINGS}) == len({thing.plural for thing in THINGS} - {"sheep"}) + 1 == len(THINGS)
+    )
     assert {thing.colour for thing in THINGS} == set(COLOURS)
     assert {thing.kind for thing in THINGS} == set(KINDS)
     assert all(OPPOSITES[OPPOSITES[word]] == word for word in OPPOSITES)

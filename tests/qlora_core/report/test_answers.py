@@ -17,7 +17,9 @@ def test_match_table_gives_wilson_intervals() -> None:
 
 
 def test_match_table_leaves_out_what_cannot_be_compared() -> None:
-    table = match_table([row("a", True, True), row("a", None, None), row("b", None, None), row(None, False, True)], 0.95)
+    table = match_table(
+        [row("a", True, True), row("a", None, None), row("b", None, None), row(None, False, True)], 0.95
+    )
     assert [(entry["category"], entry["prompts"]) for entry in table] == [("a", 1), ("no category", 1)]
     assert match_table([], 0.95) == []
 
