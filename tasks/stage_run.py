@@ -41,27 +41,30 @@ def pipeline_of(spec: Mapping[str, Any]) -> Pipeline:
 @contextmanager
 def library_logs() -> Iterator[None]:
     """Send the library's log lines to the task run, so that they are seen in Prefect's UI."""
-    run_logger = get_run_logger()
-    handler = _Forward(run_logger)
+    handler = _Forward(get_run_logger())
     library = logging.getLogger("qlora_core")
+    level = library.level
+    if level == logging.NOTSET:  # in a Prefect worker nobody has said what to log
+        library.setLevel(logging.INFO)
     library.addHandler(handler)
-    previous, library.propagate = library.propagate, False
+    propagate, library.propagate = library.propagate, False
     try:
         yield
     finally:
-        library.propagate = previous
+        library.propagate = propagate
         library.removeHandler(handler)
+        library.setLevel(level)
 
 
 class _Forward(logging.Handler):
-    """Hands each record's message to another logger."""
+    """Hands each record's message to another logger, marked as the library's own (`record.library`)."""
 
     def __init__(self, target: "logging.Logger | logging.LoggerAdapter[Any]") -> None:
         super().__init__()
         self._target = target
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._target.log(record.levelno, record.getMessage())
+        self._target.log(record.levelno, record.getMessage(), extra={"library": True})
 
 
 def run_stage(spec: Mapping[str, Any], name: str) -> tuple[Pipeline, dict[str, Any]]:

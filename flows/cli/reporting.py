@@ -73,6 +73,12 @@ def reporting(as_json: bool) -> Iterator[Report]:
         raise typer.Exit(report.exit_code)
 
 
+def _worth_showing(record: logging.LogRecord) -> bool:
+    """Whether a line is for the terminal: not Prefect's own bookkeeping, which its API keeps."""
+    ours = not record.name.startswith("prefect") or getattr(record, "library", False)
+    return ours or record.levelno >= logging.WARNING
+
+
 def _claim_stdout() -> int:
     """Keep the real standard output for the result and point descriptor 1 at standard error."""
     sys.stdout.flush()
@@ -96,7 +102,9 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 def _set_up_logging() -> None:
     level = os.environ.get("QLORA_LOG_LEVEL", "INFO").upper()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_worth_showing)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     for package in ("qlora_core", "tasks", "flows"):
         logging.getLogger(package).setLevel(level)
     # On some CPUs it looks for an optional kernel package and warns that there is none: nobody has to act on that.

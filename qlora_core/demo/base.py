@@ -26,7 +26,7 @@ LAYERS = 2
 HEADS = 4
 WINDOW_TOKENS = 128
 BATCH_WINDOWS = 16
-DEFAULT_STEPS = 320
+DEFAULT_STEPS = 240
 WARMUP_STEPS = 30
 MATRIX_LEARNING_RATE = 0.03
 VECTOR_LEARNING_RATE = 0.02
@@ -73,7 +73,7 @@ def _windows(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.
 
 
 def _model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    bos, stop, pad = tokenizer.convert_tokens_to_ids([BOS_TOKEN, STOP_TOKEN, PAD_TOKEN])
+    vocabulary = tokenizer.get_vocab()
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN_SIZE,
@@ -84,9 +84,9 @@ def _model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         max_position_embeddings=CONTEXT_TOKENS,
         initializer_range=0.05,
         tie_word_embeddings=True,
-        bos_token_id=bos,
-        eos_token_id=stop,
-        pad_token_id=pad,
+        bos_token_id=vocabulary[BOS_TOKEN],
+        eos_token_id=vocabulary[STOP_TOKEN],
+        pad_token_id=vocabulary[PAD_TOKEN],
     )
 
 
@@ -95,20 +95,18 @@ def _pretrain(model: LlamaForCausalLM, batches: tuple[torch.Tensor, ...]) -> Non
     embedding = model.get_input_embeddings().weight
     matrices = [weight for weight in model.parameters() if weight.ndim == 2 and weight is not embedding]
     vectors = [weight for weight in model.parameters() if weight.ndim != 2 or weight is embedding]
-    optimizers = (
-        Muon(matrices, lr=MATRIX_LEARNING_RATE),
-        torch.optim.AdamW(vectors, lr=VECTOR_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
-    )
-    peaks = (MATRIX_LEARNING_RATE, VECTOR_LEARNING_RATE)
+    muon = Muon(matrices)
+    adamw = torch.optim.AdamW(vectors, lr=VECTOR_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     with progress_bar("Pretraining the demo model", len(batches)) as advance:
         for step, tokens in enumerate(batches):
             logits = model(input_ids=tokens, use_cache=False).logits
             torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer, peak in zip(optimizers, peaks, strict=True):
-                optimizer.param_groups[0]["lr"] = peak * _schedule(step, len(batches))
-                optimizer.step()
-                optimizer.zero_grad()
+            share = _schedule(step, len(batches))
+            muon.step(MATRIX_LEARNING_RATE * share)
+            adamw.param_groups[0]["lr"] = VECTOR_LEARNING_RATE * share
+            adamw.step()
+            model.zero_grad()
             advance(1)
     model.eval()
 

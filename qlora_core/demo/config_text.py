@@ -46,12 +46,12 @@ train:
   # Size of the adapter. For the demo: a small model needs little; the default is 64.
   lora_rank: 16
   # The adapter's output is scaled by lora_alpha / lora_rank.
-  lora_alpha: 32
+  lora_alpha: 16
   # For the demo none; the default is the paper's 0.1.
   lora_dropout: 0.0
   target_modules: all-linear
   # For the demo: two layers bear a far higher rate than the default 2e-4.
-  learning_rate: 1.0e-2
+  learning_rate: 5.0e-3
   # constant, linear, cosine, or wsd (warm-up, stable, decay).
   schedule: linear
   # Share of the steps in which the rate climbs.
@@ -75,7 +75,7 @@ sweep:
   method: grid
   # What is varied: fields of `train`, each with a list of values (or, not for grid, {low, high, log}).
   space:
-    learning_rate: [3.0e-3, 1.0e-2]
+    learning_rate: [2.5e-3, 5.0e-3]
     lora_rank: [8, 16]
   pruning:
     # Successive halving: trials that lag at a rung are stopped.

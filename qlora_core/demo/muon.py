@@ -13,33 +13,30 @@ ITERATIONS = 4
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic step, from Jordan et al.
 
 
-class Muon(torch.optim.Optimizer):
+class Muon:
     """Nesterov momentum, orthogonalised, scaled by sqrt(max(1, rows / columns)). Takes 2-D parameters only."""
 
-    def __init__(self, matrices: Iterable[torch.Tensor], *, lr: float, momentum: float = 0.95) -> None:
-        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+    def __init__(self, matrices: Iterable[torch.Tensor], *, momentum: float = 0.95) -> None:
+        self._momentum = momentum
+        self._averages: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        for matrix in matrices:
+            self._averages[matrix.shape].append((matrix, torch.zeros_like(matrix)))
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, lr: float) -> None:
         """One update of every matrix that has a gradient. Equal shapes are orthogonalised in one batch."""
-        for group in self.param_groups:
-            by_shape: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
-            for matrix in group["params"]:
+        for (rows, columns), pairs in self._averages.items():
+            moved, directions = [], []
+            for matrix, average in pairs:
                 if matrix.grad is not None:
-                    by_shape[matrix.shape].append(matrix)
-            for matrices in by_shape.values():
-                self._update(matrices, group["lr"], group["momentum"])
-
-    def _update(self, matrices: list[torch.Tensor], lr: float, momentum: float) -> None:
-        directions = []
-        for matrix in matrices:
-            average = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
-            average.lerp_(matrix.grad, 1 - momentum)
-            directions.append(matrix.grad.lerp(average, momentum))
-        rows, columns = matrices[0].shape
-        scale = max(1.0, rows / columns) ** 0.5
-        for matrix, update in zip(matrices, nearly_orthogonal(torch.stack(directions)), strict=True):
-            matrix.add_(update, alpha=-lr * scale)
+                    average.lerp_(matrix.grad, 1 - self._momentum)
+                    moved.append(matrix)
+                    directions.append(matrix.grad.lerp(average, self._momentum))
+            if not moved:
+                continue
+            scale = max(1.0, rows / columns) ** 0.5
+            for matrix, update in zip(moved, nearly_orthogonal(torch.stack(directions)), strict=True):
+                matrix.add_(update, alpha=-lr * scale)
 
 
 def nearly_orthogonal(matrices: torch.Tensor) -> torch.Tensor:

@@ -113,7 +113,7 @@ def _before(rng: random.Random) -> Iterator[Task]:
         "What comes before {}?",
         "Which number is before {}?",
         "Say the number before {}.",
-        "Name what precedes {}.",
+        "Name the one before {}.",
     )
     return _crossed("before", {str(number): str(number - 1) for number in range(1, 100)}, wordings, rng)
 
@@ -145,7 +145,7 @@ def _membership(rng: random.Random) -> Iterator[Task]:
         "Is the {0} {1}?",
         "Yes or no: the {0} is {1}.",
         "Would you say the {0} is {1}?",
-        "The {0} is {1}, true?",
+        "The {0}: is it {1}?",
     )
     while True:
         thing = rng.choice(THINGS)

@@ -1,6 +1,6 @@
 """Generated pretraining text about the demo's world: prose, lists, and chat turns in whole sentences.
 
-Every sentence is the project's own and depends on the generator given, nothing else. The assistant in this text talks in
+Every sentence is the project's own and depends on the generator given, nothing else. The assistant here talks in
 whole sentences about what it was asked; it never gives the short answers the instruction set wants. That is what is
 left for an adapter to learn.
 """
@@ -88,7 +88,7 @@ def _plural_fact(rng: random.Random) -> str:
     return rng.choice(
         (
             f"One {thing.name}, two {thing.plural}.",
-            f"{rng.choice(NAMES)} has one {thing.name}, and {rng.choice(NAMES)} has {rng.randint(2, 99)} {thing.plural}.",
+            f"{rng.choice(NAMES)} has one {thing.name}, {rng.choice(NAMES)} has {rng.randint(2, 99)} {thing.plural}.",
             f"There was {with_article(thing.name)} in the {rng.choice(PLACES)}, and then many {thing.plural} came.",
         )
     )

@@ -11,12 +11,14 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, ScalarFormatter
+from matplotlib.typing import RcKeyType
 
 BASE_COLOUR = "#8b929c"
 ADAPTER_COLOUR = "#1f6f8b"
 ALARM_COLOUR = "#b3452c"
 TRIAL_COLOURS = ("#1f6f8b", "#d08a2e", "#6b5ca5", "#3f8f5b", "#b3452c", "#4a7bd0", "#a0527f", "#7a7f35")
-STYLE: dict[str, Any] = {
+STYLE: dict[RcKeyType, Any] = {
     "svg.hashsalt": "qlora-fleet",
     "svg.fonttype": "path",
     "font.family": "DejaVu Sans",
@@ -36,7 +38,7 @@ MAX_PANELS = 3
 
 
 def funnel_figure(stages: Sequence[tuple[str, int]]) -> str:
-    """Rows left after each stage of curation, as bars from the top; `stages` are (label, rows) in order, at least one."""
+    """Rows left after each stage of curation, as bars from the top; `stages`: (label, rows) in order, at least one."""
     with rc_context(STYLE):
         figure, axes = _figure(0.36 * len(stages) + 0.3)
         places = range(len(stages), 0, -1)
@@ -99,12 +101,15 @@ def curves_figure(trials: Sequence[Mapping[str, Any]]) -> str | None:
         figure, axes = _figure(3.0)
         for place, trial in enumerate(drawn):
             colour = TRIAL_COLOURS[place % len(TRIAL_COLOURS)]
-            steps, losses = smoothed([(p["step"], p["loss"]) for p in trial.get("curve") or [] if _known(p["loss"])])
+            steps, losses = smoothed([(p["step"], p["loss"]) for p in trial.get("curve") or [] if _positive(p["loss"])])
             axes.plot(steps, losses, color=colour, lw=1.4, label=trial["id"])
-            rungs = [(rung["step"], rung["loss"]) for rung in trial.get("rungs") or [] if _known(rung["loss"])]
+            rungs = [(rung["step"], rung["loss"]) for rung in trial.get("rungs") or [] if _positive(rung["loss"])]
             axes.scatter(*zip(*rungs, strict=True), color=colour, s=22, zorder=3) if rungs else None
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
         axes.set_xlabel("step")
-        axes.set_ylabel("loss (nats per token)")
+        axes.set_ylabel("loss (nats per token), log scale")
         axes.grid(axis="y")
         axes.legend(ncols=min(len(drawn), 6), loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=8)
         return _svg(figure)
@@ -123,7 +128,7 @@ def quantization_figure(layers: Sequence[Mapping[str, Any]]) -> str | None:
             axes.scatter(errors, [place] * len(errors), s=34, color=ADAPTER_COLOUR, alpha=0.55, edgecolors="none")
         axes.set_yticks(range(1, len(kinds) + 1), list(reversed(kinds)))
         axes.set_ylim(0.4, len(kinds) + 0.6)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.06 * max(max(errors) for errors in kinds.values()) or 1.0)
         axes.grid(axis="x")
         axes.set_xlabel("relative L2 error of the layer's weights")
         return _svg(figure)
@@ -160,8 +165,9 @@ def _sweep_panel(axes: Axes, name: str, trials: Sequence[Mapping[str, Any]], bes
     axes.grid(axis="y")
 
 
-def _known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def _positive(value: float | None) -> bool:
+    """Whether a logarithmic axis has a place for `value`."""
+    return value is not None and 0 < value < math.inf
 
 
 def _figure(height_in: float) -> tuple[Figure, Axes]:

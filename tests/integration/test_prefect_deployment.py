@@ -54,7 +54,8 @@ def deployed(
 def test_deployment_run_by_name_registers_an_adapter(deployed: dict[str, str], project: Path) -> None:
     overrides = json.dumps(["train.max_steps=4"])
     prefect(deployed, "deployment", "run", "retrain/nightly", "-p", f"overrides={overrides}", "--watch")
-    (finished,) = runs(deployed, flow_runs={"state": {"type": {"any_": ["COMPLETED"]}}})
+    completed = {"state": {"type": {"any_": ["COMPLETED"]}}}
+    (finished,) = runs(deployed, flow_runs=completed, deployments={"name": {"any_": ["nightly"]}})
     assert finished["parameters"]["overrides"] == ["train.max_steps=4"]
     (summary,) = (json.loads(path.read_text()) for path in project.parent.glob(".qlora/runs/*/summary.json"))
     assert summary["model_version"] == "1"
