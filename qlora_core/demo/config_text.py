@@ -57,7 +57,7 @@ train:
   # Share of the steps in which the rate climbs.
   warmup_ratio: 0.03
   # Passes over the training rows; max_steps would override it.
-  epochs: 4
+  epochs: 5
   # Rows in one forward pass, and passes that make up one step: their product is the effective batch.
   micro_batch_size: 16
   gradient_accumulation_steps: 1

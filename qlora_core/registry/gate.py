@@ -51,7 +51,7 @@ def decide(evaluation: Mapping[str, Any], champion: Mapping[str, Any] | None, po
         findings = list(_findings(evaluation, champion, policy))
     except _UnusableEvidenceError as error:
         return Decision("INVALID", (f"The evidence cannot be used: {error}.",))
-    found = {finding.verdict for finding in findings}
+    found: set[Verdict] = {finding.verdict for finding in findings}
     verdict: Verdict = min(found, key=_SEVERITY.index)
     return Decision(verdict, tuple(finding.sentence for finding in findings))
 

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.typing import RcKeyType
 
 BASE_COLOUR = "#8b929c"
@@ -106,8 +106,9 @@ def curves_figure(trials: Sequence[Mapping[str, Any]]) -> str | None:
             rungs = [(rung["step"], rung["loss"]) for rung in trial.get("rungs") or [] if _positive(rung["loss"])]
             axes.scatter(*zip(*rungs, strict=True), color=colour, s=22, zorder=3) if rungs else None
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(lambda loss, _: f"{loss:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("step")
         axes.set_ylabel("loss (nats per token), log scale")
         axes.grid(axis="y")
