@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -107,5 +108,7 @@ def _set_up_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     for package in ("qlora_core", "tasks", "flows"):
         logging.getLogger(package).setLevel(level)
+    # Libraries talking to each other about their next versions: nothing a user of ours can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # On some CPUs it looks for an optional kernel package and warns that there is none: nobody has to act on that.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
