@@ -7,7 +7,7 @@ from prefect import flow
 from tasks.promote_adapter import promote_adapter
 
 
-@flow(name="promote", flow_run_name="promote {version}", persist_result=False, result_serializer="json")
+@flow(name="promote", flow_run_name="promote {config}", persist_result=False, result_serializer="json")
 def promote(
     config: str = "pipeline.yaml", version: str | None = None, overrides: list[str] | None = None
 ) -> dict[str, Any]:

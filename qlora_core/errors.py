@@ -9,9 +9,12 @@
     ├── SweepError       (RuntimeError)  no trial finished, no cluster, an impossible search space
     ├── EvaluationError  (ValueError)    verdict and label files, statistics that have no answer
     ├── JudgeError       (RuntimeError)  the judge's endpoint, its answers, its budget
+    │   └── JudgeUnavailableError        it may answer later
     ├── StoreError       (OSError)       the artifact store cannot be read or written
-    │   └── CorruptArtifactError         bytes that do not match their manifest
+    │   ├── CorruptArtifactError         bytes that do not match their manifest
+    │   └── StoreUnavailableError        its server may answer later
     └── RegistryError    (RuntimeError)  MLflow, versions, aliases
+        └── RegistryUnavailableError     its server or database may answer later
 
 A message names the value, what is allowed, and the next step. To add one: inherit from the root and from the standard
 library's error it replaces, take one positional message (so that it survives the way between Ray processes), draw it
@@ -20,9 +23,10 @@ above.
 
 
 class QloraError(Exception):
-    """Root of the tree. `exit_code` is what the command line ends with."""
+    """Root of the tree. `exit_code` is what the command line ends with; `passing` faults are worth another try."""
 
     exit_code = 1
+    passing = False
 
 
 class ConfigError(QloraError, ValueError):
@@ -59,6 +63,12 @@ class JudgeError(QloraError, RuntimeError):
     """The judge could not be asked."""
 
 
+class JudgeUnavailableError(JudgeError):
+    """The judge's endpoint is away, overloaded or out of quota."""
+
+    passing = True
+
+
 class StoreError(QloraError, OSError):
     """The artifact store cannot be read or written."""
 
@@ -67,5 +77,17 @@ class CorruptArtifactError(StoreError):
     """Stored bytes do not match their manifest."""
 
 
+class StoreUnavailableError(StoreError):
+    """The store's server does not answer, or answers with a fault of its own."""
+
+    passing = True
+
+
 class RegistryError(QloraError, RuntimeError):
     """The model registry refused, or holds something other than what was asked for."""
+
+
+class RegistryUnavailableError(RegistryError):
+    """MLflow's server or database does not answer, or is busy."""
+
+    passing = True

@@ -11,7 +11,7 @@ from qlora_core.registry.promotion import promote
 from tasks.stage_run import TASK_OPTIONS, library_logs, worth_retrying
 
 
-@task(name="promote-adapter", task_run_name="promote {version}", retry_condition_fn=worth_retrying, **TASK_OPTIONS)
+@task(name="promote-adapter", task_run_name="promote {config}", retry_condition_fn=worth_retrying, **TASK_OPTIONS)
 def promote_adapter(config: str, overrides: list[str], version: str | None) -> dict[str, Any]:
     """Decide again from the version's recorded evidence; the champion alias moves on PROMOTE only."""
     loaded = load_config(Path(config), overrides)

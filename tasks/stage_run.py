@@ -9,14 +9,11 @@ from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
 
-from qlora_core.errors import JudgeError, RegistryError, StoreError
+from qlora_core.errors import QloraError
 from qlora_core.pipeline.pipeline import Pipeline
 from qlora_core.pipeline.run_record import RunRecord
 
 Spec = dict[str, Any]
-
-# Outages pass; a wrong config, bad data or a NaN stays what it is however often it is tried.
-_PASSING = (StoreError, JudgeError, RegistryError, ConnectionError, TimeoutError)
 
 # The stage cache is the store, by content. Prefect keeps no results of its own, and if told to, keeps JSON.
 TASK_OPTIONS: dict[str, Any] = {
@@ -28,9 +25,11 @@ TASK_OPTIONS: dict[str, Any] = {
 
 
 async def worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Whether a failed task run is tried again: only for outages of a service."""
+    """Whether a failed task run is tried again: outages pass, a wrong config, bad data or a NaN stays what it is."""
     outcome = await state.aresult(raise_on_failure=False)
-    return isinstance(outcome, _PASSING)
+    if isinstance(outcome, QloraError):
+        return outcome.passing
+    return isinstance(outcome, ConnectionError | TimeoutError)
 
 
 def pipeline_of(spec: Mapping[str, Any]) -> Pipeline:

@@ -1,6 +1,10 @@
 """The `qlora` program: its commands and where they are defined. Each command imports what it needs when it runs."""
 
+import json
+import sys
+
 import typer
+from typer.exceptions import TyperException
 
 from flows.cli import adapters, checks, models, ratings, stages
 
@@ -30,5 +34,12 @@ app.command()(adapters.rollback)
 
 
 def main() -> None:
-    """Entry point of the `qlora` script."""
-    app()
+    """Entry point of the `qlora` script. A wrong call, too, leaves one object on standard output with `--json`."""
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except TyperException as error:
+        show = getattr(error, "show", None)  # a usage error knows how to show the command it is about
+        typer.echo(f"error: {error}", err=True) if show is None else show()
+        if "--json" in sys.argv:
+            typer.echo(json.dumps({"error": {"type": "UsageError", "message": str(error)}}))
+        sys.exit(2)

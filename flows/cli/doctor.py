@@ -70,9 +70,10 @@ def _device(config: PipelineConfig) -> str:
 
 
 def _bitsandbytes(config: PipelineConfig) -> str:
+    from qlora_core.model.base import choose_device
     from qlora_core.quantization.probe import probe_kernels
 
-    error = probe_kernels(config.quantize)
+    error = probe_kernels(config.quantize, choose_device())
     return f"{importlib.metadata.version('bitsandbytes')}, {config.quantize.type} round trip error {error:.4f}"
 
 

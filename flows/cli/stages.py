@@ -15,12 +15,12 @@ ConfigArgument = Annotated[Path, typer.Argument(help="The pipeline config, a YAM
 
 
 def open_pipeline(config: Path, overrides: list[str] | None) -> "Pipeline":
-    """The pipeline of a config file, its store checked so that a run does not find out at its end."""
+    """The pipeline of a config file, what it reads from outside checked, so that a run does not find out at its end."""
     from qlora_core.config.load import load_config
     from qlora_core.pipeline.pipeline import Pipeline
 
     pipeline = Pipeline(load_config(config, overrides or ()))
-    pipeline.job.store.check()
+    pipeline.job.check_inputs()
     return pipeline
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from qlora_core.config.evaluate import EvaluateConfig
 from qlora_core.data.dataset import PromptRow, read_prompts
 from qlora_core.digest import digest_files
-from qlora_core.errors import EvaluationError
+from qlora_core.errors import EvaluationError, JudgeUnavailableError
 from qlora_core.evaluation.adapter_scores import SPLIT, AdapterScorer, heldout_rows, load_scorer
 from qlora_core.evaluation.exact_match import compare_matches, matches
 from qlora_core.evaluation.heldout import RowLoss, compare_losses
@@ -32,6 +32,8 @@ from qlora_core.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
+PASSING_REASONS = ("rate_limit", "timeout", "server_error", "connection", "quota", "unauthorized", "stopped")
+MAX_LOST_SHARE = 0.1  # a few lost verdicts are counted and told; more are an outage
 BASE = "base"
 ADAPTER = "adapter"
 LINEAGE = ("data_digest", "quantized_base_digest", "adapter_digest")
@@ -68,6 +70,7 @@ def evaluate_adapter(
         losses = {BASE: scorer.losses(rows, adapter=False), ADAPTER: scorer.losses(rows, adapter=True)}
         answers = {BASE: scorer.answers(prompts, adapter=False), ADAPTER: scorer.answers(prompts, adapter=True)}
         verdicts = _judge(scorer, endpoint, kind, prompts, answers)
+        _check_outage(verdicts)
     metrics = {
         "heldout": _compare_losses(config, losses[BASE], losses[ADAPTER]),
         "exact_match": _compare_answers(config, prompts, answers[BASE], answers[ADAPTER]),
@@ -197,6 +200,17 @@ def _judge(
                 scorer.model.get_base_model(), scorer.chat.tokenizer, batch_size=scorer.config.batch_size
             )
             return judge_pairs(offline, compared, model_a=ADAPTER, model_b=BASE, advance=advance)
+
+
+def _check_outage(verdicts: Sequence[Verdict]) -> None:
+    """Refuse verdicts of which an outage has taken too many: kept as a result, they would never be asked for again."""
+    lost = [row.reason for row in verdicts if row.verdict is None and (row.reason or "").startswith(PASSING_REASONS)]
+    if len(lost) > MAX_LOST_SHARE * len(verdicts):
+        raise JudgeUnavailableError(
+            f"the judge left {len(lost)} of {len(verdicts)} verdicts unscored for faults that may pass "
+            f"({', '.join(sorted(set(filter(None, lost))))}); its verdicts so far are kept: run the command again, "
+            "or set evaluate.judge.kind: offline"
+        )
 
 
 def _judge_metrics(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qlora_core.config.evaluate import EvaluateConfig, JudgeConfig
 from qlora_core.digest import digest_json
-from qlora_core.errors import JudgeError
+from qlora_core.errors import JudgeError, JudgeUnavailableError
 from qlora_core.evaluation.judge_budget import Budget, Prices, estimate_cost_usd, judge_prices
 from qlora_core.evaluation.judge_cache import Attempt, VerdictCache
 from qlora_core.evaluation.judge_client import Failure, JudgeClient, Reply, custom_url, resolve_kind
@@ -176,7 +176,7 @@ class OpenAIJudge:
                 self._failures_in_a_row += 1
             hopeless = self._failures_in_a_row >= FAILURES_IN_A_ROW
             if not self._heard and (failure.settled or (hopeless and failure.reason == "rejected")):
-                raise JudgeError(failure.advice)
+                raise (JudgeUnavailableError if failure.retried else JudgeError)(failure.advice)
             if self._broken is None and (hopeless or (failure.settled and failure.reason not in COUNTED_REASONS)):
                 self._broken = f"{failure.reason}: not asked, earlier calls failed"
                 logger.warning("the judge stops asking: %s", failure.advice)

@@ -58,6 +58,13 @@ class Job:
         """The base checkpoint named in the config; None for the demo model, which the first stage makes."""
         return None if is_demo(self.config) else locate_base(self.config)
 
+    def check_inputs(self) -> None:
+        """Look at everything a run needs from outside before it works for minutes: sources, template, base, store."""
+        self.store.check()
+        for source in self.sources:
+            source.path.stat()
+        _ = self.chat_template, self.external_base
+
     def section(self, name: str, *, without: frozenset[str] = frozenset()) -> dict[str, Any]:
         """A config section as plain data, less the settings that cannot change a result."""
         values = getattr(self.config, name).model_dump(mode="json")

@@ -5,6 +5,7 @@ holds the champion it was made against, and MLflow itself is asked whether this 
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from qlora_core.pipeline.pipeline import Pipeline, StageResult
 from qlora_core.pipeline.stages import lineage
 from qlora_core.registry.champion import Champion
 from qlora_core.store.artifact import Artifact, StageKey
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,25 @@ class Promotion:
         config = self.job.config
         return current_champion(config.tracking_uri, config.registry.model_name, config.work_dir / "champions")
 
+    @cached_property
+    def reigns(self) -> bool:
+        """Whether this very adapter is champion already: measured anew or under another policy, it stays one version."""
+        from qlora_core.registry.adapter_files import adapter_sha256
+
+        adapter = self.pipeline.run("sweep").artifact.path / "adapter"
+        return self.champion is not None and self.champion.adapter_sha256 == adapter_sha256(adapter)
+
+    @property
+    def rival(self) -> Champion | None:
+        """Whom the candidate must beat: the champion, unless it is champion itself; None means the base."""
+        return None if self.reigns else self.champion
+
     def gate(self) -> Gate:
         """The decision and the report, made now or read back."""
         if self.registered is not None:
             against = self.registered["compared_with"]
         else:
-            against = self.champion.adapter_sha256 if self.champion else "none"
+            against = self.rival.adapter_sha256 if self.rival else "none"
         inputs = {name: self.pipeline.run(name).artifact for name in ("curate", "quantize", "sweep", "evaluate")}
         digests = {name: artifact.digest for name, artifact in inputs.items()} | {"champion": against}
         key = StageKey("gate", "1", self.job.section("gate"), digests)
@@ -75,13 +91,14 @@ class Promotion:
         from qlora_core.report.report import write_report
 
         evaluation = _read(inputs["evaluate"], "evaluation.json")
-        comparison = self._against(self.champion, inputs) if self.champion else None
+        champion = self.rival
+        comparison = self._against(champion, inputs) if champion else None
         verdict = decide(evaluation, comparison, self.job.config.gate)
         decision = {
             "verdict": verdict.verdict,
             "reasons": list(verdict.reasons),
-            "champion": self.champion.version if self.champion else None,
-            "compared_with": self.champion.adapter_sha256 if self.champion else "none",
+            "champion": champion.version if champion else None,
+            "compared_with": champion.adapter_sha256 if champion else "none",
             "comparison": comparison,
         }
         (out / "decision.json").write_text(json.dumps(decision, indent=1, allow_nan=False), encoding="utf-8")
@@ -122,11 +139,17 @@ class Promotion:
         """The registration, and whether it was there before. Aliases move only after the clean-process check."""
         if self.registered is not None:
             return self.registered, True
-        from qlora_core.registry.register import RegistrationRequest, register_run
-
         gate = self.gate()
+        if self.champion is not None and self.reigns:
+            already = f"This adapter is champion version {self.champion.version} already; nothing was registered."
+            reasons = [*gate.decision["reasons"], already]
+            found = {"version": self.champion.version, "aliases": ["champion"], "reasons": reasons}
+            return {**found, "verdict": gate.decision["verdict"]}, True
         config = self.job.config
         inputs = {name: self.pipeline.run(name).artifact for name in ("curate", "quantize", "sweep", "evaluate")}
+        from qlora_core.registry.register import RegistrationRequest, register_run
+
+        logger.info("register: started")
         request = RegistrationRequest(
             tracking_uri=config.tracking_uri,
             model_name=config.registry.model_name,

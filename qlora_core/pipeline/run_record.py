@@ -27,10 +27,10 @@ class RunRecord:
 
     @classmethod
     def start(cls, config: PipelineConfig) -> "RunRecord":
-        """Give the run an id and save its resolved config, once the store is known to work."""
+        """Give the run an id and save its resolved config, once all it reads from outside is known to be there."""
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         record = cls(f"{stamp}-{secrets.token_hex(3)}", config)
-        Pipeline(config).job.store.check()
+        Pipeline(config).job.check_inputs()
         record.folder.mkdir(parents=True)
         document = json.dumps(config.resolved(), indent=1, ensure_ascii=False)
         (record.folder / "config.json").write_text(document, encoding="utf-8")
@@ -81,7 +81,7 @@ def finished_before(config: PipelineConfig) -> dict[str, Any] | None:
     if not all(stage.cached for stage in pipeline.plan()):
         return None
     promotion = Promotion(pipeline)
-    if promotion.registered is None:
+    if promotion.registered is None and not promotion.reigns:
         return None
     promotion.gate()
     rows = [result.row() for result in pipeline.results()]
@@ -111,10 +111,15 @@ def headline(evaluation: Mapping[str, Any]) -> list[str]:
             f"{exact['difference']:+.1%} [{exact['low']:+.1%}, {exact['high']:+.1%}] over {exact['prompts']} prompts"
         )
     judge = metrics["judge"]
-    if judge is not None and judge["win_rate"] is not None:
-        label = "certified" if judge["certified"] else "uncertified"
-        lines.append(
-            f"judge ({judge['kind']}, {label}): adapter wins {judge['win_rate']:.1%} "
-            f"[{judge['low']:.1%}, {judge['high']:.1%}]; {judge['scored']} scored, {judge['unscored']} unscored"
-        )
+    if judge is not None:
+        lines.append(_judge_line(judge))
     return lines
+
+
+def _judge_line(judge: Mapping[str, Any]) -> str:
+    who = f"judge ({judge['kind']}, {'certified' if judge['certified'] else 'uncertified: a hint, no evidence'})"
+    counts = f"{judge['scored']} verdicts, {judge['unscored']} unscored"
+    if judge["win_rate"] is None:
+        return f"{who}: no win rate; {counts} {judge['unscored_reasons']}"
+    agree = "" if judge["order_consistency"] is None else f", both orders agree in {judge['order_consistency']:.0%}"
+    return f"{who}: adapter wins {judge['win_rate']:.1%} [{judge['low']:.1%}, {judge['high']:.1%}]; {counts}{agree}"

@@ -59,7 +59,7 @@ def _curate_key(job: Job, inputs: Manifests) -> StageKey:
         tokenizer = digest_json({name: sha256 for name, sha256 in files.items() if name != "generation_config.json"})
     else:
         tokenizer = digest_files({**tokenizer_files(base.folder), "config.json": base.folder / "config.json"})
-    settings = job.section("data", without=frozenset({"sources", "chat_template", "max_quarantined_share"}))
+    settings = job.section("data", without=frozenset({"sources", "chat_template"}))
     digests = {"sources": job.sources_digest, "tokenizer": tokenizer, "chat_template": job.chat_template_digest}
     return StageKey("curate", "1", settings, digests)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from qlora_core.digest import digest_files
 from qlora_core.errors import RegistryError
 
-ALLOWED_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".md")
+ALLOWED_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".md", ".model")  # .model: sentencepiece vocabulary
 REQUIRED_FILES = ("adapter_config.json", "adapter_model.safetensors", "golden.json", "golden.safetensors", "qlora.json")
 
 

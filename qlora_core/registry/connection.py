@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_core.errors import RegistryError
+from qlora_core.errors import RegistryError, RegistryUnavailableError
 from qlora_core.telemetry import disable_usage_reporting
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ _QUIET = {
     # MLflow's own default of 7 retries keeps a user waiting for minutes when the server is simply down.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
 }
+_PASSING_CODES = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
 _CREDENTIALS = re.compile(r"//[^/@\s]+@")
 _POLL_S = 0.05
 
@@ -60,7 +61,9 @@ def registry_errors(doing: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError) as error:
         first_line = without_credentials(str(error)).strip().partition("\n")[0]
-        raise RegistryError(
+        code = getattr(error, "error_code", "INTERNAL_ERROR")  # a database's own errors have none: locked, gone
+        kind = RegistryUnavailableError if code in _PASSING_CODES else RegistryError
+        raise kind(
             f"MLflow failed while {doing}: {first_line}; check registry.tracking_uri and its server or file"
         ) from error
 

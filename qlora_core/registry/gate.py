@@ -121,6 +121,8 @@ def _base_guard(heldout: Mapping[str, Any]) -> _Finding:
     figures = f"the gain over the bare base is {gain:+.4f} nats per token (interval {low:+.4f} to {high:+.4f})"
     if high <= 0:
         return _Finding("REJECT", f"Worse than no adapter at all: {figures}.")
+    if low < 0:
+        return _Finding("HOLD", f"Not shown to be as good as no adapter at all: {figures}.")
     return _Finding("PROMOTE", f"Not worse than the base: {figures}.")
 
 

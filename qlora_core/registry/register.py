@@ -115,7 +115,13 @@ def _prove(client: "MlflowClient", version: RegisteredVersion, quantized_folder:
         return
     figures = check_version(client.tracking_uri, version, quantized_folder)
     set_version_tag(client, version, LOAD_CHECK_TAG, PASSED)
-    _log.info("Version %s loads in a clean process: %s", version.version, figures)
+    _log.info(
+        "version %s loads in a clean process: %d golden prompts, largest difference %.1e, %.0f s",
+        version.version,
+        figures["prompts"],
+        figures["max_difference"],
+        figures["seconds"],
+    )
 
 
 def _planned(client: "MlflowClient", request: RegistrationRequest, version: RegisteredVersion) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
-from qlora_core.errors import ConfigError, CorruptArtifactError, StoreError
+from qlora_core.errors import ConfigError, CorruptArtifactError, StoreError, StoreUnavailableError
 from qlora_core.progress import progress_bar
 from qlora_core.store.backend import read_or_set_aside
 from qlora_core.store.contents import mismatch
@@ -322,7 +322,8 @@ class S3Bucket:
         try:
             yield
         except (faults.ClientError, faults.BotoCoreError, Boto3Error) as error:
-            raise StoreError(f"cannot {action} {self._explain(error)}") from error
+            kind = StoreUnavailableError if _may_pass(error) else StoreError
+            raise kind(f"cannot {action} {self._explain(error)}") from error
 
     def _explain(self, error: Exception) -> str:
         cause = error.__context__ if isinstance(error, Boto3Error) and error.__context__ else error
@@ -388,3 +389,11 @@ def _in_parallel(work: Callable[[str], None], names: Mapping[str, Any]) -> None:
             done.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same call may work later: no answer, or a fault on the server's side."""
+    cause = error.__context__ if isinstance(error, Boto3Error) and error.__context__ else error
+    if isinstance(cause, faults.ClientError):
+        return cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500
+    return isinstance(cause, faults.HTTPClientError | faults.ConnectionError)

@@ -275,7 +275,7 @@ class Cluster:
             slot.phase, slot.pending = "loading", slot.actor.load.remote()
         elif phase == "loading":
             self._failed_starts = 0
-            _LOGGER.info("%s is ready: %s", name, result)
+            _LOGGER.info("%s is ready (%s)", name, ", ".join(f"{key} {value}" for key, value in result.items()))
         else:
             return Outcome(name, slot.task, result)
         return None

@@ -82,3 +82,23 @@ def test_unknown_parameter_is_refused_before_a_run_exists(deployed: dict[str, st
     assert done.returncode != 0
     assert "overrides" in done.stdout + done.stderr
     assert len(runs(deployed)) == before
+
+
+def test_weaker_candidate_is_held_against_the_champion_and_not_promoted(
+    deployed: dict[str, str], project: Path, qlora: Callable[..., "subprocess.CompletedProcess[str]"]
+) -> None:
+    # The deployment's run above made version 1 champion; this one trains a single step.
+    done = qlora("run", project, "--set", "train.max_steps=1", "--json", env=deployed)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads(done.stdout)
+    assert summary["model_version"] == "2"
+    assert summary["verdict"] in ("REJECT", "HOLD")
+    assert "champion version 1" in " ".join(summary["reasons"])
+
+    promoted = qlora("promote", project, "--version", "2", "--json", env=deployed)
+    assert promoted.returncode == 3, promoted.stderr
+    assert json.loads(promoted.stdout)["champion"] == "1"
+
+    undone = qlora("rollback", project, "--json", env=deployed)
+    assert undone.returncode == 1
+    assert "first champion" in json.loads(undone.stdout)["error"]["message"]

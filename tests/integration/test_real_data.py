@@ -15,7 +15,7 @@ base: {{model: {base}}}
 train: {{lora_rank: 8, max_steps: 40, micro_batch_size: 4, gradient_accumulation_steps: 1, learning_rate: 3e-3}}
 sweep: {{space: {{learning_rate: [1e-3, 5e-3]}}}}
 evaluate: {{max_rows: 60, max_prompts: 4, max_new_tokens: 16}}
-compute: {{workers: 2}}
+compute: {{workers: 1}}
 """
 Qlora = Callable[..., "subprocess.CompletedProcess[str]"]
 

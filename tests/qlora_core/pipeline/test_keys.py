@@ -22,7 +22,7 @@ FIELDS: dict[str, tuple[Any, str | None]] = {
     "data.chat_template": ("template.jinja", "curate"),
     "data.max_tokens": (64, "curate"),
     "data.over_long": ("cut", "curate"),
-    "data.max_quarantined_share": (0.5, None),
+    "data.max_quarantined_share": (0.5, "curate"),
     "base.model": ("other-base", "curate"),
     "base.revision": ("0" * 40, None),
     "quantize.type": ("fp4", "quantize"),
