@@ -24,7 +24,7 @@ demo: $(STAMP)  ## Set up and run the whole job on generated data: about three m
 	$(BIN)/qlora run demo/pipeline.yaml
 
 test: $(STAMP)  ## Set up and run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)  ## Lint, format check, types and import rules
 	$(BIN)/ruff check .

@@ -62,7 +62,7 @@ class Promotion:
 
     @cached_property
     def reigns(self) -> bool:
-        """Whether this very adapter is champion already: measured anew or under another policy, it stays one version."""
+        """Whether this very adapter is champion already: measured anew, or under another policy, it is one version."""
         from qlora_core.registry.adapter_files import adapter_sha256
 
         adapter = self.pipeline.run("sweep").artifact.path / "adapter"

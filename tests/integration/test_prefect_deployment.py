@@ -62,6 +62,17 @@ def test_deployment_run_by_name_registers_an_adapter(deployed: dict[str, str], p
     assert {trial["steps"] for trial in summary["trials"] if trial["state"] == "complete"} == {4}
 
 
+def test_deployment_run_leaves_its_tables_and_verdict_in_the_ui(deployed: dict[str, str]) -> None:
+    request = urllib.request.Request(
+        deployed["PREFECT_API_URL"] + "/artifacts/latest/filter",
+        data=b"{}",
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        keys = {artifact["key"] for artifact in json.load(answer)}
+    assert keys >= {"curation-funnel", "quantization", "sweep-trials", "evaluation", "verdict", "registered-version"}
+
+
 def test_scheduled_run_of_a_deployment_appears(deployed: dict[str, str]) -> None:
     # With SQLAlchemy 2.1 everything looks healthy and no scheduled run is ever made.
     deadline = time.monotonic() + 90

@@ -12,7 +12,7 @@ from qlora_core.config.evaluate import EvaluateConfig
 from qlora_core.config.quantize import QuantizeConfig
 from qlora_core.data.curate import curate
 from qlora_core.data.dataset import read_split
-from qlora_core.errors import EvaluationError, JudgeError
+from qlora_core.errors import EvaluationError, JudgeError, JudgeUnavailableError
 from qlora_core.evaluation.evaluate import compare_adapters, evaluate_adapter, question_text, read_row_losses
 from qlora_core.evaluation.verdict import read_verdicts
 from qlora_core.model.base import load_quantized
@@ -132,6 +132,31 @@ def test_evaluate_with_an_endpoint_counts_its_cost(inputs: Inputs, tmp_path: Pat
     assert (result["kind"], result["model"], result["unscored"]) == ("openai", "judge-1", 0)
     assert result["cost_usd"] == pytest.approx(judge_server.billed_usd, abs=1e-12)
     assert b"sk-canary-77" not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("fault", ["429", "500"])
+def test_evaluate_with_an_overloaded_endpoint_is_no_result_and_goes_on_later(
+    inputs: Inputs, tmp_path: Path, judge_server: "JudgeServer", fault: str
+) -> None:
+    judge = {
+        "kind": "openai",
+        "base_url": judge_server.url,
+        "input_usd_per_million": 0,
+        "output_usd_per_million": 0,
+        "max_retries": 0,
+    }
+
+    def evaluate(out: Path) -> dict:
+        config = _config(judge=judge, max_prompts=4)
+        return _evaluate(inputs, config, out, environment={}, verdict_cache=tmp_path / "v.db")
+
+    judge_server.fault = lambda prompt, attempt: fault
+    with pytest.raises(JudgeUnavailableError, match="run the command again"):
+        evaluate(tmp_path / "first")
+    assert not (tmp_path / "first" / "evaluation.json").exists()
+    judge_server.fault = lambda prompt, attempt: None
+    metrics = evaluate(tmp_path / "second")["metrics"]["judge"]
+    assert (metrics["scored"], metrics["unscored"]) == (8, 0)
 
 
 def test_evaluate_endpoint_down_fails_before_anything_is_written(inputs: Inputs, tmp_path: Path) -> None:

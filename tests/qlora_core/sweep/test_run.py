@@ -111,7 +111,7 @@ def test_sweep_with_a_killed_worker_ends_as_the_trial_alone(
 
     def kill_the_first_worker(row: dict[str, Any]) -> None:
         rows.append(row)
-        ready = re.findall(r"is ready: .*'pid': (\d+)", caplog.text)
+        ready = re.findall(r"is ready \(.*pid (\d+)", caplog.text)
         if row["steps"] and len(ready) == 1:
             os.kill(int(ready[0]), signal.SIGKILL)
 
