@@ -37,7 +37,11 @@ def tournament(
         for name, rating in sorted(rated["ratings"].items(), key=lambda item: -item[1]):
             low, high = rated["intervals"][name]
             report.say(f"{name:<32} {rating:8.1f}  [{low:.1f}, {high:.1f}]")
-        report.say(f"matches {rated['matches']}, unscored {rated['unscored']}, order effect {rated['order_effect']}")
+        effect = rated["order_effect"]
+        shown = "not estimated" if effect is None else f"{effect:+.3f}"
+        report.say(f"matches {rated['matches']}, unscored {rated['unscored']}, order effect {shown}")
+        for warning in rated.get("warnings", []):
+            report.say(f"warning: {warning}")
 
 
 def agreement(
@@ -56,5 +60,6 @@ def agreement(
 
         measured = measure(read_labels(labels))
         report.data = measured
-        for name, value in measured.items():
-            report.say(f"{name}: {value}")
+        for name in ("raw", "cohen_kappa", "fleiss_kappa", "krippendorff_alpha"):
+            value, reason = measured[name], measured.get("reasons", {}).get(name, "not defined here")
+            report.say(f"{name:<20} {reason if value is None else f'{value:.4f}'}")

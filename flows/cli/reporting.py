@@ -108,6 +108,8 @@ def _set_up_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     for package in ("qlora_core", "tasks", "flows"):
         logging.getLogger(package).setLevel(level)
+    if not sys.stderr.isatty():  # bars of the libraries underneath would fill a log with half-drawn lines
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Libraries talking to each other about their next versions: nothing a user of ours can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # On some CPUs it looks for an optional kernel package and warns that there is none: nobody has to act on that.

@@ -97,12 +97,14 @@ def curate(config: ConfigArgument, overrides: SetOption = None, json: JsonOption
 
 
 def _say_funnel(report: Report, curation: dict[str, Any]) -> None:
-    report.say(f"{'source':<40} {'in':>8} {'kept':>8} {'dropped':>8} {'bad':>8}")
+    report.say(f"{'source':<40} {'in':>8} {'kept':>8} {'dropped':>8} {'quarantined':>11}")
     for source, counts in [*curation["by_source"].items(), ("all", curation["rows"])]:
         cells = (counts[name] for name in ("in", "kept", "dropped", "quarantined"))
         report.say(f"{source:<40} " + " ".join(f"{cell:>8}" for cell in cells))
-    for rule, count in sorted(curation["reasons"].items()):
-        report.say(f"  {rule}: {count}")
+    for name in ("reasons", "quarantine_reasons"):
+        what = "dropped" if name == "reasons" else "quarantined"
+        for rule, count in sorted(curation[name].items()):
+            report.say(f"  {what}, {rule}: {count}")
     report.say("splits: " + ", ".join(f"{name} {count}" for name, count in curation["splits"].items()))
 
 

@@ -84,9 +84,21 @@ def register_adapter(
 
 
 def get_version(client: "MlflowClient", model_name: str, version: str) -> RegisteredVersion:
-    """A version by number; RegistryError when there is none."""
+    """A version by number; RegistryError when there is none, naming those there are."""
+    from mlflow.exceptions import MlflowException
+
     with registry_errors(f"reading version {version} of {model_name!r}"):
-        found: Any = client.get_model_version(model_name, version)
+        try:
+            found: Any = client.get_model_version(model_name, version)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            known = sorted(
+                (str(one.version) for one in client.search_model_versions(f"name = '{model_name}'")), key=int
+            )
+            raise RegistryError(
+                f"{model_name!r} has no version {version!r}; it has: {', '.join(known) or 'none'}"
+            ) from error
     return RegisteredVersion(
         model_name, str(found.version), str(found.run_id), dict(found.tags), tuple(sorted(found.aliases))
     )
