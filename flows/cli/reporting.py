@@ -20,6 +20,7 @@ import typer
 from qlora_core.errors import QloraError
 from qlora_core.telemetry import disable_usage_reporting
 
+IMPORT_POLL_S = 0.1
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 SetOption = Annotated[
     list[str] | None,
@@ -49,6 +50,7 @@ def reporting(as_json: bool) -> Iterator[Report]:
     """
     disable_usage_reporting()
     _set_up_logging()
+    signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     report = Report()
     stdout = _claim_stdout() if as_json else None
@@ -97,7 +99,16 @@ def _release_stdout(kept: int, payload: dict[str, Any]) -> None:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """A polite kill is treated like Ctrl-C: work stops at a safe point and is kept."""
+    """A polite kill is treated like Ctrl-C: work stops and what is finished is kept.
+
+    While a module is being imported it waits for the import's end: some libraries swallow what is raised within.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            signal.signal(signal.SIGALRM, _interrupt)
+            signal.setitimer(signal.ITIMER_REAL, IMPORT_POLL_S)
+            return
+        frame = frame.f_back
     raise KeyboardInterrupt
 
 
