@@ -20,7 +20,7 @@ import typer
 from qlora_core.errors import QloraError
 from qlora_core.telemetry import disable_usage_reporting
 
-IMPORT_POLL_S = 0.1
+IMPORT_POLL_S = 0.01
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 SetOption = Annotated[
     list[str] | None,

@@ -1,6 +1,7 @@
 """Ctrl-C, kill and kill -9 leave nothing half-written, and the same command then goes on to the end."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,13 +12,13 @@ import pytest
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 QLORA = str(Path(sys.executable).parent / "qlora")
-# What is in the log when the run is hit, with what, and what is stored then.
+# What is in the log when the run is hit, and with what. A blow during an import lands when the import ends.
 MOMENTS = [
-    ("curate: started", signal.SIGINT, set()),
-    ("quantize: started", signal.SIGTERM, {"curate"}),
-    ("goes to worker", signal.SIGKILL, {"curate", "quantize"}),
-    ("evaluate: started", signal.SIGINT, {"curate", "quantize", "sweep"}),
-    ("register: started", signal.SIGINT, {"curate", "quantize", "sweep", "evaluate", "gate"}),
+    ("curate: started", signal.SIGINT),
+    ("quantize: started", signal.SIGTERM),
+    ("goes to worker", signal.SIGKILL),
+    ("evaluate: started", signal.SIGINT),
+    ("register: started", signal.SIGINT),
 ]
 
 
@@ -42,7 +43,7 @@ def test_run_hit_in_each_stage_is_finished_by_the_same_command(
     tiny_project: Path, prefect_server: dict[str, str], tmp_path: Path
 ) -> None:
     store = tiny_project.parent / ".qlora"
-    for number, (marker, blow, stored) in enumerate(MOMENTS):
+    for number, (marker, blow) in enumerate(MOMENTS):
         log = tmp_path / f"{number}.log"
         code = hit_when(tiny_project, prefect_server, marker, blow, log)
         if blow == signal.SIGKILL:
@@ -50,7 +51,8 @@ def test_run_hit_in_each_stage_is_finished_by_the_same_command(
         else:
             assert code == 1, log.read_text()[-2000:]
             assert "the same command goes on" in log.read_text()
-        assert stages_in(store) == stored, "an interrupted stage must not be visible"
+        *_, last = re.findall(r"^(\w+): started", log.read_text(), flags=re.MULTILINE)
+        assert last not in stages_in(store), "an interrupted stage must not be visible"
     done = subprocess.run(
         [QLORA, "run", str(tiny_project), "--json"], env=prefect_server, capture_output=True, text=True
     )
