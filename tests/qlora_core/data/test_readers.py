@@ -256,11 +256,15 @@ BROKEN_FILES = [
     (b'[\n{"prompt": "a", "response": "b"},\n{"prompt": "c", "response": "d"}\n', "cannot be read as JSON"),
     (b"PK\x03\x04 no text at all", "cannot be read as JSON"),
     (b"Type,Question\na,b\n", "cannot be read as JSON"),
-    (gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 50)[:-12], "damaged gzip"),
+    (gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 50, mtime=0)[:-12], "damaged gzip"),
 ]
 
 
-@pytest.mark.parametrize(("data", "complaint"), BROKEN_FILES)
+# Names of their own: test processes that run side by side must collect the same names, and bytes are no name to read.
+BROKEN_FILE_NAMES = ["no bytes", "blank", "cut in a row", "cut array", "zip", "csv", "cut gzip"]
+
+
+@pytest.mark.parametrize(("data", "complaint"), BROKEN_FILES, ids=BROKEN_FILE_NAMES)
 def test_unreadable_file_is_refused_by_name(tmp_path: Path, data: bytes, complaint: str) -> None:
     path = tmp_path / "broken.json"
     path.write_bytes(data)
