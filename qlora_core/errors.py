@@ -12,6 +12,7 @@
     │   └── JudgeUnavailableError        it may answer later
     ├── StoreError       (OSError)       the artifact store cannot be read or written
     │   ├── CorruptArtifactError         bytes that do not match their manifest
+    │   ├── LeaseLostError               another producer took over what this one was building
     │   └── StoreUnavailableError        its server may answer later
     └── RegistryError    (RuntimeError)  MLflow, versions, aliases
         └── RegistryUnavailableError     its server or database may answer later
@@ -75,6 +76,10 @@ class StoreError(QloraError, OSError):
 
 class CorruptArtifactError(StoreError):
     """Stored bytes do not match their manifest."""
+
+
+class LeaseLostError(StoreError):
+    """A producer was silent for so long that another took over its lease."""
 
 
 class StoreUnavailableError(StoreError):

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_core.errors import StoreError
-from qlora_core.store.manifest import STAGE_NAME, Manifest, address_of, key_digest
+from qlora_core.store.layout import address_of
+from qlora_core.store.manifest import STAGE_NAME, Manifest, key_digest
 
 
 @dataclass(frozen=True)

@@ -1,78 +1,117 @@
-"""What a store needs of the place where artifacts are kept. Adding a place means writing this protocol once more."""
+"""What a store needs of the place where it keeps things: small records with conditional writes, and blobs by content.
 
-import logging
-from collections.abc import Callable
+Everything else (artifacts, leases, pins, garbage collection) is written once, on top of this protocol. Adding a place
+means writing it once more, and passing `tests/qlora_core/store`.
+
+*Names* are relative, with `/`, as in `layout`. *Records* are small documents under a name. *Blobs* are files named by
+their SHA-256 in an *area* (`layout.BLOBS`, shared by all artifacts, or one of a piece of work in progress).
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-from qlora_core.errors import CorruptArtifactError
-from qlora_core.store.manifest import Manifest
+from qlora_core.store.manifest import FileEntry
+from qlora_core.store.pool import BlobPool
 
-logger = logging.getLogger(__name__)
 
-Found = TypeVar("Found")
+@dataclass(frozen=True)
+class Record:
+    """A record's bytes, and the tag that a conditional write of it names. Equal tags mean equal bytes."""
+
+    data: bytes
+    tag: str
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One thing in a listing, record or blob. `modified` is by the clock of the place."""
+
+    name: str
+    size_bytes: int
+    modified: datetime
 
 
 class Backend(Protocol):
-    """A place for artifacts. An address is `v1/stage/<stage>/<key>`; failures are StoreError with a next step."""
+    """A place for records and blobs. Failures are StoreError with a next step; outages StoreUnavailableError."""
 
     @property
     def location(self) -> str:
         """The place as a user would write it."""
         ...
 
-    def read_manifest(self, address: str) -> bytes | None:
-        """The bytes of the manifest at `address`; None where no artifact is.
-
-        Raises CorruptArtifactError where there are files but no manifest.
-        """
+    @property
+    def pool(self) -> BlobPool:
+        """The blobs of this place that are on this machine, and the folders made of them."""
         ...
 
-    def fetch(self, manifest: Manifest) -> Path:
-        """A folder on this machine with the artifact's files, each compared with `manifest` during this very call.
+    def read(self, name: str) -> Record | None:
+        """The record; None where there is none."""
+        ...
 
-        Raises CorruptArtifactError naming each file at fault.
-        """
+    def create(self, name: str, data: bytes) -> str | None:
+        """Write a record where none is: its tag, or None if the name is taken. Durable on return."""
+        ...
+
+    def replace(self, name: str, data: bytes, tag: str) -> str | None:
+        """Overwrite a record that still has `tag`: the new tag, or None if it was changed or removed meanwhile."""
+        ...
+
+    def remove(self, name: str, tag: str | None = None) -> bool:
+        """Delete a record or blob, with `tag` only if it is unchanged; False if it was changed or is not there."""
+        ...
+
+    def list(self, prefix: str) -> Iterator[Listed]:
+        """Everything whose name starts with `prefix` (which ends in `/`), sorted by name."""
         ...
 
     def staging(self) -> AbstractContextManager[Path]:
-        """An empty folder to build an artifact in; however the block ends, what is left of it is removed."""
+        """An empty folder to build in; however the block ends, what is left of it is removed."""
         ...
 
-    def publish(self, folder: Path, manifest: Manifest) -> Path | None:
-        """Make the sealed files in a staging folder visible under the manifest's address, all at once.
+    def send(self, folder: Path, files: Mapping[str, FileEntry], area: str) -> None:
+        """Store sealed files of a staging folder as blobs in `area`; what is there already is not sent.
 
-        Returns where they now are on this machine, or None if another producer's artifact was there first.
+        The folder may be emptied by it. Each blob is visible whole or not at all.
         """
         ...
 
-    def repairing(self) -> AbstractContextManager[None]:
-        """For the block, no other process of this machine sets artifacts of this place aside."""
+    def fetch(self, entries: Iterable[FileEntry], area: str) -> None:
+        """Bring blobs into `pool`, each compared with its entry during this very call.
+
+        Raises CorruptArtifactError naming the digest of each blob that is missing or wrong, here and at the place
+        itself; a wrong one is moved to quarantine first, so that it is sent anew when its artifact is rebuilt.
+        """
         ...
 
-    def set_aside(self, address: str) -> None:
-        """Move what is at `address` to quarantine: it becomes a miss and can be looked at. Nothing there: no effect."""
+    def read_range(self, entry: FileEntry, offset: int, length: int, area: str) -> bytes:
+        """`length` bytes of a blob from `offset`, without fetching the rest; whole pieces are read and verified.
+
+        Raises CorruptArtifactError where a piece does not match `entry.pieces`, StoreError for a range outside it.
+        """
+        ...
+
+    def blob_fault(self, entry: FileEntry, area: str) -> str | None:
+        """What is wrong with a blob at the place itself, read in full: None if it matches its entry."""
+        ...
+
+    def set_aside(self, name: str) -> None:
+        """Move a record or blob to quarantine: it becomes a miss and can be looked at. Nothing there: no effect."""
+        ...
+
+    def sweep_leftovers(self, older_than_s: float) -> int:
+        """Remove what the dead left unfinished and no listing shows, if it is older; returns how many things went.
+
+        What may be a living process's stays, however old.
+        """
         ...
 
     def check(self) -> None:
-        """Prove that artifacts can be written, read and removed here; leaves nothing behind."""
+        """Prove that things can be written, read and removed here, and that conditional writes are honoured.
+
+        Leaves nothing behind. Raises StoreError naming the place and what it does wrong.
+        """
         ...
-
-
-def read_or_set_aside(backend: Backend, address: str, read: Callable[[], Found | None]) -> Found | None:
-    """What `read` finds at `address`; if that is corrupt, it is logged, moved to quarantine, and None.
-
-    `read` is called again before anything is moved: another reader may have set the artifact aside meanwhile, and a
-    producer may have put a sound one in its place.
-    """
-    try:
-        return read()
-    except CorruptArtifactError as fault:
-        with backend.repairing():
-            try:
-                return read()
-            except CorruptArtifactError:
-                logger.warning("%s: corrupt artifact, moved to quarantine: %s", backend.location, fault)
-                backend.set_aside(address)
-                return None

@@ -1,12 +1,17 @@
 """The files of an artifact's folder: listing, hashing, verifying, bringing them to disk. Knows no store layout."""
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import TypeVar
 
 from qlora_core.digest import digest_file
-from qlora_core.errors import CorruptArtifactError, StoreError
-from qlora_core.store.manifest import FileEntry, Manifest, inside_path
+from qlora_core.errors import StoreError
+from qlora_core.store.manifest import PIECE_BYTES, FileEntry, inside_path
+
+Name = TypeVar("Name")
 
 # What may cross from one stage to the next. Nothing here can carry code; `.model` and `.tiktoken` are vocabularies.
 ALLOWED_SUFFIXES = frozenset(
@@ -27,33 +32,35 @@ def seal(folder: Path) -> dict[str, FileEntry]:
         raise StoreError("the stage wrote no files, and an empty artifact would hide that; nothing was stored")
     for path, file in files.items():
         _check_publishable(path, file)
-    entries = {
-        path: FileEntry(sha256=digest_file(file), size_bytes=file.stat().st_size) for path, file in files.items()
-    }
-    for file in files.values():
-        sync_to_disk(file)
+    entries: dict[str, FileEntry] = {}
+
+    def seal_file(path: str) -> None:
+        entries[path] = fingerprint(files[path])
+        sync_to_disk(files[path])
+
+    in_parallel(seal_file, files, at_once=os.cpu_count() or 1)
     for parent, _, _ in os.walk(folder, topdown=False):
         if parent != str(folder) and not any(Path(parent).iterdir()):
             Path(parent).rmdir()
         else:
             sync_to_disk(Path(parent))
-    return entries
+    return dict(sorted(entries.items()))
 
 
-def verify(folder: Path, manifest: Manifest) -> None:
-    """Compare every file under `folder` with the manifest, sizes and SHA-256s.
-
-    Raises CorruptArtifactError naming each file that is missing, changed, or not in the manifest. A file nobody
-    published is as wrong as a changed one: loaders look for files by name.
-    """
-    found = dict(list_files(folder)) if folder.is_dir() else {}
-    faults = [f"{path} is not in the manifest" for path in sorted(found.keys() - manifest.files.keys())]
-    for path, entry in manifest.files.items():
-        fault = f"{path} is missing" if path not in found else file_fault(path, found[path], entry)
-        if fault:
-            faults.append(fault)
-    if faults:
-        raise CorruptArtifactError(f"{manifest.address}: {'; '.join(faults)}")
+def fingerprint(file: Path) -> FileEntry:
+    """Size, SHA-256 and, for a file longer than a piece, the SHA-256 of every piece; the file is read once."""
+    size_bytes = file.stat().st_size
+    if size_bytes <= PIECE_BYTES:
+        return FileEntry(sha256=digest_file(file), size_bytes=size_bytes)
+    whole = hashlib.sha256()
+    pieces: list[str] = []
+    with file.open("rb") as stream, ThreadPoolExecutor(max_workers=1) as beside:
+        while chunk := stream.read(PIECE_BYTES):
+            # hashlib lets go of the interpreter lock: the piece is hashed on another core meanwhile.
+            piece = beside.submit(hashlib.sha256, chunk)
+            whole.update(chunk)
+            pieces.append(piece.result().hexdigest())
+    return FileEntry(sha256=whole.hexdigest(), size_bytes=size_bytes, pieces=tuple(pieces))
 
 
 def file_fault(path: str, file: Path, entry: FileEntry) -> str | None:
@@ -79,12 +86,25 @@ def mismatch(path: str, entry: FileEntry, sha256: str, size_bytes: int) -> str |
 
 
 def list_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Every entry under `folder` that is not a folder, by its path with /. Links are listed, never followed."""
-    for parent, subfolders, names in os.walk(folder, followlinks=False):
+    """Every entry under `folder` that is not a folder, by its path with /. Links are listed, never followed.
+
+    What vanishes meanwhile is left out; a folder that cannot be read raises OSError.
+    """
+    for parent, subfolders, names in os.walk(folder, followlinks=False, onerror=_raise_unless_gone):
         links = [name for name in subfolders if (Path(parent) / name).is_symlink()]
         for name in [*names, *links]:
             file = Path(parent) / name
             yield file.relative_to(folder).as_posix(), file
+
+
+def in_parallel(work: Callable[[Name], None], names: Iterable[Name], *, at_once: int) -> None:
+    """`work` on every name, several at once; the first error cancels what has not begun and is raised."""
+    pool = ThreadPoolExecutor(max_workers=at_once, thread_name_prefix="store")
+    try:
+        for done in as_completed([pool.submit(work, name) for name in names]):
+            done.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def sync_to_disk(path: Path) -> None:
@@ -94,6 +114,12 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    # A listing that is silently short would make garbage of what it left out.
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _check_publishable(path: str, file: Path) -> None:

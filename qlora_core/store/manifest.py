@@ -1,7 +1,8 @@
 """The manifest of an artifact: which files it has, what it was made from, by whom. Knows nothing of storage.
 
 A manifest read from outside is trusted in nothing: its paths must stay inside the artifact, its digest must follow from
-its files and its key from the stage, version, settings and inputs it records.
+its files and its key from the stage, version, settings and inputs it records. A checksum over all of it, which is in
+the document alone, tells damage to the rest.
 """
 
 import importlib.metadata
@@ -25,20 +26,17 @@ from pydantic import (
 
 from qlora_core.digest import digest_json
 from qlora_core.errors import CorruptArtifactError
+from qlora_core.store.layout import MANIFEST_FILE, address_of
 
 STAGE_NAME = "[a-z][a-z0-9_-]{0,39}"
-MANIFEST_FILE = "manifest.json"
+PIECE_BYTES = 32 << 20
 DISTRIBUTION = "qlora-fleet"
+_CHECKSUM = "checksum"
 
 
 def key_digest(stage: str, version: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """SHA-256 over the canonical JSON of what decides a stage's result, 64 hex digits."""
     return digest_json({"stage": stage, "version": version, "config": dict(config), "inputs": dict(inputs)})
-
-
-def address_of(stage: str, key: str) -> str:
-    """Where the artifact of `key` is kept, relative to a store's root."""
-    return f"v1/stage/{stage}/{key}"
 
 
 def inside_path(path: str) -> str:
@@ -58,10 +56,24 @@ class _Record(BaseModel):
 
 
 class FileEntry(_Record):
-    """One file of an artifact."""
+    """One file of an artifact. A file longer than a piece lists the digests of its pieces, so that ranges of it can be
+    verified, and uploads resumed, without the rest."""
 
     sha256: Sha256
     size_bytes: int = Field(ge=0)
+    pieces: tuple[Sha256, ...] = ()
+
+    @property
+    def piece_digests(self) -> tuple[str, ...]:
+        """The SHA-256 of each piece; a short file is one piece."""
+        return self.pieces or (self.sha256,)
+
+    @model_validator(mode="after")
+    def _pieces_cover_the_file(self) -> Self:
+        wanted = 0 if self.size_bytes <= PIECE_BYTES else -(-self.size_bytes // PIECE_BYTES)
+        if len(self.pieces) != wanted:
+            raise ValueError(f"{self.size_bytes} bytes are {wanted} listed pieces, not {len(self.pieces)}")
+        return self
 
 
 class Producer(_Record):
@@ -112,6 +124,7 @@ class Manifest(_Record):
     def to_json(self) -> bytes:
         """The bytes of `manifest.json`: readable, and equal for equal manifests."""
         document = self.model_dump(mode="json")
+        document[_CHECKSUM] = digest_json(document)
         return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
@@ -140,13 +153,25 @@ def new_manifest(
 
 def parse_manifest(raw: bytes, address: str) -> Manifest:
     """The manifest found at `address`. Raises CorruptArtifactError for anything but a sound one of that address."""
+    name = f"{address}/{MANIFEST_FILE}"
     try:
-        manifest = Manifest.model_validate(json.loads(raw))
+        manifest = Manifest.model_validate(_without_checksum(json.loads(raw)))
+    except json.JSONDecodeError as error:
+        raise CorruptArtifactError(f"{name} is not JSON: {error}") from error
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        raise CorruptArtifactError(f"{address}/{MANIFEST_FILE} is not a sound manifest: {faults}") from error
+        raise CorruptArtifactError(f"{name} is not a sound manifest: {faults}") from error
     except (ValueError, RecursionError) as error:
-        raise CorruptArtifactError(f"{address}/{MANIFEST_FILE} is not JSON: {error}") from error
+        raise CorruptArtifactError(f"{name} is damaged: {error}") from error
     if manifest.address != address:
-        raise CorruptArtifactError(f"{address}/{MANIFEST_FILE} belongs to another artifact, {manifest.address}")
+        raise CorruptArtifactError(f"{name} belongs to another artifact, {manifest.address}")
     return manifest
+
+
+def _without_checksum(document: Any) -> Any:
+    if not isinstance(document, dict):
+        return document
+    found, follows = document.pop(_CHECKSUM, None), digest_json(document)
+    if found != follows:
+        raise ValueError(f"its checksum is {found!r}, and {follows} follows from the rest of it")
+    return document

@@ -19,8 +19,8 @@ def test_import_contracts_are_kept() -> None:
 @pytest.mark.parametrize(
     ("package", "home"),
     [
-        ("boto3", {"qlora_core/store/s3.py"}),
-        ("botocore", {"qlora_core/store/s3.py"}),
+        ("boto3", {"qlora_core/store/s3/client.py"}),
+        ("botocore", {"qlora_core/store/s3/client.py", "qlora_core/store/s3/explain.py"}),
         ("ray", {"qlora_core/sweep/cluster.py"}),
         ("openai", {"qlora_core/evaluation/judge_client.py"}),
     ],

@@ -1,8 +1,13 @@
-"""A folder, and a bucket on an S3 server on loopback, each with the means to look at and damage what is stored."""
+"""A folder, and buckets on S3 servers on loopback, each with the means to look at and damage what is stored."""
 
 import hashlib
 import logging
+import os
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +21,7 @@ from moto.server import ThreadedMotoServer
 from werkzeug.serving import make_server
 
 from qlora_core.store.artifact import StageKey
+from qlora_core.store.layout import blob_name, manifest_name
 from qlora_core.store.store import Store, open_store
 
 FILES = {
@@ -47,11 +53,15 @@ class Place(Protocol):
         ...
 
     def names(self) -> list[str]:
-        """Everything stored, relative to the root."""
+        """Everything stored, relative to the root: records and blobs, and what is left of writing them."""
+        ...
+
+    def change_blob(self, sha256: str, content: bytes | None) -> None:
+        """Overwrite a blob behind the store's back; None deletes it."""
         ...
 
     def change(self, path: str, content: bytes | None) -> None:
-        """Overwrite a stored file of the sample behind the store's back; None deletes it."""
+        """The same for the blob of the sample's file `path`."""
         ...
 
     def change_manifest(self, edit: Callable[[bytes], bytes]) -> None:
@@ -70,17 +80,23 @@ class FolderPlace:
         return open_store(f"file://{self.root}", self.root / "unused")
 
     def names(self) -> list[str]:
-        return sorted(str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file())
+        files = sorted(str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file())
+        # Folders of links are this machine's, and locks hold nothing.
+        return [name for name in files if not name.startswith(("v1/view/", "v1/lock/"))]
 
     def change(self, path: str, content: bytes | None) -> None:
-        file = self.root / sample_key().address / "files" / path
+        self.change_blob(hashlib.sha256(FILES[path]).hexdigest(), content)
+
+    def change_blob(self, sha256: str, content: bytes | None) -> None:
+        file = self.root / blob_name(sha256)
         if content is None:
             file.unlink()
         else:
+            file.chmod(0o644)
             file.write_bytes(content)
 
     def change_manifest(self, edit: Callable[[bytes], bytes]) -> None:
-        file = self.root / sample_key().address / "manifest.json"
+        file = self.root / manifest_name(sample_key().address)
         file.write_bytes(edit(file.read_bytes()))
 
 
@@ -108,15 +124,17 @@ class BucketPlace:
         return sorted(entry["Key"].removeprefix(f"{self._prefix}/") for entry in listed)
 
     def change(self, path: str, content: bytes | None) -> None:
-        sha256 = hashlib.sha256(FILES[path]).hexdigest()
-        key = f"{self._prefix}/v1/blob/{sha256[:2]}/{sha256}"
+        self.change_blob(hashlib.sha256(FILES[path]).hexdigest(), content)
+
+    def change_blob(self, sha256: str, content: bytes | None) -> None:
+        key = f"{self._prefix}/{blob_name(sha256)}"
         if content is None:
             self._client.delete_object(Bucket=self._bucket, Key=key)
         else:
             self._client.put_object(Bucket=self._bucket, Key=key, Body=content)
 
     def change_manifest(self, edit: Callable[[bytes], bytes]) -> None:
-        key = f"{self._prefix}/{sample_key().address}/manifest.json"
+        key = f"{self._prefix}/{manifest_name(sample_key().address)}"
         before = self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read()
         self._client.put_object(Bucket=self._bucket, Key=key, Body=edit(before))
 
@@ -185,22 +203,63 @@ def light_session() -> Callable[[], boto3.Session]:
     return session
 
 
+@pytest.fixture(scope="session")
+def strict_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of another maker's S3 server, which compares what is sent with its digest."""
+    program = Path(sys.executable).with_name("ministack")
+    if not program.is_file():
+        pytest.skip(f"{program} is not here")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    log = tmp_path_factory.mktemp("ministack") / "log"
+    env = {**os.environ, "GATEWAY_PORT": str(port), "SERVICES": "s3"}
+    with log.open("wb") as output, subprocess.Popen([program], env=env, stdout=output, stderr=output) as server:
+        try:
+            _wait_until_listening(port, server, log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+
+
+def _wait_until_listening(port: int, server: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        else:
+            return
+
+
 @pytest.fixture
-def s3_client(
-    s3_endpoint: str, light_session: Callable[[], boto3.Session], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Any:
+def lead_boto_to(
+    light_session: Callable[[], boto3.Session], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str], Any]:
+    """A function that leads boto3's own chain to a server, by the environment, and returns a client of it."""
+
+    def lead(endpoint: str) -> Any:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "example-secret-1234")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
+        monkeypatch.setattr(boto3, "Session", light_session)
+        return boto3.Session().client("s3")
+
+    return lead
+
+
+@pytest.fixture
+def s3_client(s3_endpoint: str, lead_boto_to: Callable[[str], Any]) -> Any:
     """A client beside the store's; the environment leads boto3's own chain to the same server."""
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "example-secret-1234")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
-    monkeypatch.setattr(boto3, "Session", light_session)
-    return boto3.Session().client("s3")
+    return lead_boto_to(s3_endpoint)
 
 
 @pytest.fixture
@@ -212,14 +271,24 @@ def folder_place(tmp_path: Path) -> FolderPlace:
 @pytest.fixture
 def bucket_place(s3_client: Any, tmp_path: Path) -> BucketPlace:
     """A store under a prefix of a new bucket."""
+    return _new_bucket(s3_client, tmp_path)
+
+
+@pytest.fixture
+def strict_place(strict_endpoint: str, lead_boto_to: Callable[[str], Any], tmp_path: Path) -> BucketPlace:
+    """The same on the strict server."""
+    return _new_bucket(lead_boto_to(strict_endpoint), tmp_path)
+
+
+def _new_bucket(client: Any, tmp_path: Path) -> BucketPlace:
     bucket = f"bucket-{hashlib.sha256(str(tmp_path).encode()).hexdigest()[:20]}"
-    s3_client.create_bucket(Bucket=bucket)
-    return BucketPlace(f"s3://{bucket}/team/models", tmp_path / "caches", s3_client)
+    client.create_bucket(Bucket=bucket)
+    return BucketPlace(f"s3://{bucket}/team/models", tmp_path / "caches", client)
 
 
-@pytest.fixture(params=["folder", "bucket"])
+@pytest.fixture(params=["folder", "bucket", "strict"])
 def place(request: pytest.FixtureRequest) -> Place:
-    """Each backend in turn."""
+    """Each place in turn."""
     return request.getfixturevalue(f"{request.param}_place")
 
 
@@ -248,3 +317,24 @@ def key() -> StageKey:
 def files() -> dict[str, bytes]:
     """What the sample stage writes, by path."""
     return dict(FILES)
+
+
+@pytest.fixture
+def producer(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Starts `programs/producer.py`, and returns when its build has begun; none is left at the end of the test."""
+    program = Path(__file__).parent / "programs" / "producer.py"
+    started: list[subprocess.Popen[str]] = []
+
+    def start(ttl_s: float, result: str, *more: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, program, str(tmp_path), str(ttl_s), result, *more]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "building").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -1,65 +1,41 @@
 """What only a folder can suffer: killed producers, full and read-only disks, files in the way, half-deleted folders."""
 
-import logging
-import os
-import signal
+import fcntl
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from qlora_core.errors import ConfigError, StoreError
-from qlora_core.store.artifact import StageKey
+from qlora_core.errors import ConfigError, StoreError, StoreUnavailableError
+from qlora_core.store.artifact import Artifact, StageKey
+from qlora_core.store.layout import BLOBS, blob_name
 from qlora_core.store.store import open_store
 
 Build = Callable[[Path], None]
-
-PRODUCER = """
-import sys, time
-from pathlib import Path
-from qlora_core.store.artifact import StageKey
-from qlora_core.store.store import open_store
-
-def build(folder):
-    (folder / "half.json").write_text("{}")
-    (Path(sys.argv[1]) / "building").write_text(sys.argv[2])
-    time.sleep(float(sys.argv[2]))
-    (folder / "result.json").write_text(sys.argv[3])
-
-key = StageKey("sweep", "1", {}, {})
-artifact, _ = open_store(sys.argv[1] + "/store", Path("unused")).get_or_build(key, build)
-print((artifact.path / "result.json").read_text())
-"""
 SWEEP_KEY = StageKey("sweep", "1", {}, {})
 
 
-def producer(folder: Path, seconds: float, result: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", PRODUCER, str(folder), str(seconds), result]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def write_result(folder: Path, text: str) -> None:
+    (folder / "result.json").write_text(text)
 
 
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def blob_path(root: Path, artifact: Artifact, path: str) -> Path:
+    return root / blob_name(artifact.manifest.files[path].sha256)
 
 
-def test_killed_producer_leaves_no_artifact_and_is_cleaned_up(tmp_path: Path) -> None:
-    process = producer(tmp_path, 60, "never")
-    wait_for(tmp_path / "building")
+def test_killed_producer_leaves_no_artifact_and_is_cleaned_up(tmp_path: Path, producer: Any) -> None:
+    process = producer(60.0, "never")
     watching = open_store(str(tmp_path / "store"), tmp_path)
     # Negative control: a producer that lives keeps its folder.
     assert list((tmp_path / "store").rglob("half.json"))
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     assert watching.get(SWEEP_KEY) is None
     assert list((tmp_path / "store").rglob("half.json"))
@@ -69,17 +45,6 @@ def test_killed_producer_leaves_no_artifact_and_is_cleaned_up(tmp_path: Path) ->
     artifact, cached = store.get_or_build(SWEEP_KEY, lambda folder: write_result(folder, "mended"))
     assert not cached
     assert (artifact.path / "result.json").read_text() == "mended"
-
-
-def write_result(folder: Path, text: str) -> None:
-    (folder / "result.json").write_text(text)
-
-
-def test_racing_processes_agree_on_one_artifact(tmp_path: Path) -> None:
-    processes = [producer(tmp_path, 0.3, str(number)) for number in range(3)]
-    answers = {process.communicate(timeout=60)[0] for process in processes}
-    assert len(answers) == 1
-    assert not list((tmp_path / "store" / "v1" / "tmp").iterdir())
 
 
 def test_staging_folder_of_another_host_is_left_alone(tmp_path: Path) -> None:
@@ -94,7 +59,8 @@ def test_many_readers_of_a_corrupt_artifact_never_lose_the_mended_one(
     tmp_path: Path, key: StageKey, build: Build
 ) -> None:
     artifact, _ = open_store(str(tmp_path), tmp_path).get_or_build(key, build)
-    (artifact.path / "config.json").write_text("changed")
+    blob_path(tmp_path, artifact, "config.json").unlink()
+    blob_path(tmp_path, artifact, "config.json").write_text("changed")
 
     def read(_: int) -> bool:
         found, _ = open_store(str(tmp_path), tmp_path).get_or_build(key, build)
@@ -102,20 +68,21 @@ def test_many_readers_of_a_corrupt_artifact_never_lose_the_mended_one(
 
     with ThreadPoolExecutor(6) as pool:
         assert all(pool.map(read, range(12)))
-    assert len(list((tmp_path / "v1" / "quarantine").iterdir())) == 1
+    quarantined = [path for path in (tmp_path / "v1" / "quarantine").rglob("*") if path.is_file()]
+    assert len(quarantined) == 2
+    assert open_store(str(tmp_path), tmp_path).get(key) is not None
 
 
-def test_folder_without_manifest_is_a_miss_and_set_aside(
-    tmp_path: Path, key: StageKey, build: Build, caplog: pytest.LogCaptureFixture
+def test_artifact_without_its_manifest_is_a_miss_and_its_blobs_serve_again(
+    tmp_path: Path, key: StageKey, build: Build
 ) -> None:
     store = open_store(str(tmp_path), tmp_path)
-    artifact, _ = store.get_or_build(key, build)
-    (artifact.path.parent / "manifest.json").unlink()
-    with caplog.at_level(logging.WARNING):
-        assert store.get(key) is None
-    assert "manifest.json is missing" in caplog.text
+    store.get_or_build(key, build)
+    (tmp_path / key.address / "manifest.json").unlink()
+    assert store.get(key) is None
     _, cached = store.get_or_build(key, build)
     assert not cached
+    assert not (tmp_path / "v1" / "quarantine").exists()
 
 
 def test_empty_folder_in_an_artifacts_place_is_a_miss(tmp_path: Path, key: StageKey, build: Build) -> None:
@@ -126,23 +93,36 @@ def test_empty_folder_in_an_artifacts_place_is_a_miss(tmp_path: Path, key: Stage
     assert store.get(key) is not None
 
 
-def test_file_nobody_published_makes_an_artifact_corrupt(
-    tmp_path: Path, key: StageKey, build: Build, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("kind", ["is a link", "is a folder"])
+def test_what_is_no_file_in_a_blobs_place_is_a_named_fault_and_mended(
+    tmp_path: Path, key: StageKey, build: Build, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(str(tmp_path / "store"), tmp_path)
+    artifact, _ = store.get_or_build(key, build)
+    blob, same = blob_path(tmp_path / "store", artifact, "config.json"), tmp_path / "same.json"
+    blob.rename(same)
+    if kind == "is a link":
+        blob.symlink_to(same)
+    else:
+        blob.mkdir()
+    assert store.get(key) is None
+    assert f"{blob.name}) {kind}" in caplog.text
+    mended, _ = store.get_or_build(key, build)
+    assert (mended.path / "config.json").read_bytes() == same.read_bytes()
+    assert blob.is_file() and not blob.is_symlink()
+
+
+def test_manifest_that_is_wrong_about_a_size_is_at_fault_and_not_the_blob(
+    tmp_path: Path, key: StageKey, build: Build
 ) -> None:
     store = open_store(str(tmp_path), tmp_path)
     artifact, _ = store.get_or_build(key, build)
-    (artifact.path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    entry = artifact.manifest.files["config.json"]
+    files = artifact.manifest.files | {"config.json": entry.model_copy(update={"size_bytes": 3})}
+    wrong = artifact.manifest.model_copy(update={"files": files})
+    (tmp_path / key.address / "manifest.json").write_bytes(wrong.to_json())
     assert store.get(key) is None
-    assert "pytorch_model.bin is not in the manifest" in caplog.text
-
-
-def test_link_in_a_files_place_is_corrupt(tmp_path: Path, key: StageKey, build: Build) -> None:
-    store = open_store(str(tmp_path / "store"), tmp_path)
-    artifact, _ = store.get_or_build(key, build)
-    same = tmp_path / "same.json"
-    (artifact.path / "config.json").rename(same)
-    (artifact.path / "config.json").symlink_to(same)
-    assert store.get(key) is None
+    assert store.backend.blob_fault(entry, BLOBS) is None
 
 
 def test_plain_path_and_file_url_are_the_same_store(tmp_path: Path, key: StageKey, build: Build) -> None:
@@ -191,6 +171,43 @@ def test_file_in_the_stores_place_is_named_with_the_next_step(tmp_path: Path, ke
     assert blocked.read_text() == "I was here first"
 
 
+@pytest.mark.parametrize("name", ["blob", "lease", "lock", "stage", "tmp", "view"])
+def test_file_in_the_place_of_any_of_its_folders_is_named(
+    tmp_path: Path, key: StageKey, build: Build, name: str
+) -> None:
+    blocked = tmp_path / "v1" / name
+    blocked.parent.mkdir()
+    blocked.write_text("I was here first")
+    with pytest.raises(StoreError, match=f"{blocked}.*a file stands where a folder is needed"):
+        open_store(str(tmp_path), tmp_path).get_or_build(key, build)
+    assert blocked.read_text() == "I was here first"
+
+
+def test_listing_that_cannot_be_made_is_an_error_and_not_empty(tmp_path: Path) -> None:
+    backend = open_store(str(tmp_path), tmp_path).backend
+    assert list(backend.list("v1/stage/")) == []
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "stage").write_text("no folder")
+    with pytest.raises(StoreError, match="cannot list"):
+        list(backend.list("v1/stage/"))
+
+
+def test_lock_that_a_stopped_process_keeps_is_named_in_bounded_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_core.store.disk._LOCK_WAIT_S", 0.2)
+    backend = open_store(str(tmp_path), tmp_path).backend
+    tag = backend.create("v1/pin/best.json", b"old")
+    assert tag
+    assert backend.replace("v1/pin/best.json", b"new", tag)
+    (lock,) = (tmp_path / "v1" / "lock").iterdir()
+    with lock.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StoreUnavailableError, match=rf"{lock} has been locked .* continue or end that process"):
+            backend.remove("v1/pin/best.json")
+    assert backend.remove("v1/pin/best.json")
+
+
 def test_builders_own_os_error_is_not_blamed_on_the_store(tmp_path: Path, key: StageKey) -> None:
     def build(folder: Path) -> None:
         (folder / "no" / "such.json").read_text()
@@ -211,7 +228,8 @@ def small_disk(folder: Path, options: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        # Lazily: this process keeps the folders of links that it was given until it ends.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def remount_read_only(folder: Path) -> None:
@@ -259,7 +277,7 @@ def test_full_disk_is_recognised_when_safetensors_says_so(tmp_path: Path, key: S
 
 def test_disk_that_fills_up_before_the_manifest_leaves_nothing(tmp_path: Path, key: StageKey) -> None:
     with small_disk(tmp_path / "disk", "size=64k") as disk:
-        store = open_store(str(disk / "store"), tmp_path)
+        store = open_store(str(disk / "store"), tmp_path, lease_ttl_s=1.0)
 
         def fill(folder: Path) -> None:
             write_result(folder, "{}")
@@ -269,7 +287,13 @@ def test_disk_that_fills_up_before_the_manifest_leaves_nothing(tmp_path: Path, k
         with pytest.raises(StoreError, match="No space left"):
             store.get_or_build(key, fill)
         assert store.find(key) is None
-        assert [path for path in (disk / "store").rglob("*") if path.is_file()] == []
+        files = [path for path in (disk / "store").rglob("*") if path.is_file()]
+        # The lease could not be given back: there was no room to write that down.
+        assert {path.relative_to(disk / "store" / "v1").parts[0] for path in files} == {"lease", "lock"}
+        assert list((disk / "store" / "v1" / "tmp").iterdir()) == []
+        (disk / "filler").unlink()
+        _, cached = store.get_or_build(key, lambda folder: write_result(folder, "{}"))
+        assert not cached
 
 
 def test_read_only_store_can_be_read_and_says_why_it_cannot_be_written(
@@ -284,3 +308,18 @@ def test_read_only_store_can_be_read_and_says_why_it_cannot_be_written(
         for use in (store.check, lambda: store.get_or_build(SWEEP_KEY, build)):
             with pytest.raises(StoreError, match=rf"cannot write to {disk}.*Read-only.*mount it writable"):
                 use()
+
+
+def test_corrupt_artifact_in_a_read_only_store_is_named_and_a_miss(
+    tmp_path: Path, key: StageKey, build: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    with small_disk(tmp_path / "disk", "size=1m") as disk:
+        artifact, _ = open_store(str(disk), tmp_path).get_or_build(key, build)
+        blob = blob_path(disk, artifact, "config.json")
+        blob.chmod(0o644)
+        blob.write_text("changed")
+        remount_read_only(disk)
+        store = open_store(str(disk), tmp_path)
+        assert store.get(key) is None
+        assert f"config.json (blob {blob.name}): expected sha256" in caplog.text
+        assert "Read-only file system" in caplog.text

@@ -1,4 +1,4 @@
-"""What any store promises, folder or bucket: hits, verified reads, one winner, nothing half-written."""
+"""What any store promises, folder or bucket: hits, verified reads, one build, nothing half-written."""
 
 import json
 import logging
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from qlora_core.digest import digest_json
 from qlora_core.errors import StoreError
 from qlora_core.store.artifact import StageKey
 
@@ -24,8 +25,12 @@ def contents(folder: Path) -> Files:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def manifests(place: Any) -> list[str]:
-    return [name for name in place.names() if name.startswith("v1/stage/")]
+def named_like(place: Any, prefix: str) -> list[str]:
+    return [name for name in place.names() if name.startswith(prefix)]
+
+
+def all_but_leases(place: Any) -> list[str]:
+    return [name for name in place.names() if not name.startswith("v1/lease/")]
 
 
 def never(folder: Path) -> None:
@@ -67,14 +72,30 @@ def test_manifest_records_files_key_and_producer(place: Any, key: StageKey, buil
     assert manifest.created.tzinfo is not None
 
 
-def test_other_settings_are_another_artifact(place: Any, key: StageKey, build: Build) -> None:
-    place.store.get_or_build(key, build)
+def test_other_settings_are_another_artifact_of_the_same_blobs(place: Any, key: StageKey, build: Build) -> None:
+    first, _ = place.store.get_or_build(key, build)
     other = StageKey(key.stage, key.version, {**key.config, "blocksize": 128}, key.inputs)
     assert place.store.get(other) is None
-    _, cached = place.store.get_or_build(other, build)
+    second, cached = place.store.get_or_build(other, build)
     assert not cached
-    # The same files are the same identity, whatever key they were built under.
+    # The same files are the same identity, whatever key they were built under: stored once, read in one folder.
     assert place.store.find(other).digest == place.store.find(key).digest
+    assert first.path == second.path
+    assert len(named_like(place, "v1/blob/")) == 3
+    assert len(named_like(place, "v1/stage/")) == 2
+
+
+def test_equal_files_of_one_artifact_are_one_blob_under_two_names(place: Any, key: StageKey) -> None:
+    def twins(folder: Path) -> None:
+        (folder / "a.json").write_text("{}")
+        (folder / "sub").mkdir()
+        (folder / "sub" / "b.json").write_text("{}")
+
+    place.store.get_or_build(key, twins)
+    assert len(named_like(place, "v1/blob/")) == 1
+    read = place.reader().get(key)
+    assert read is not None
+    assert contents(read.path) == {"a.json": b"{}", "sub/b.json": b"{}"}
 
 
 def swap(place: Any, files: Files) -> None:
@@ -88,12 +109,12 @@ def flip(place: Any, files: Files) -> None:
     place.change("model.safetensors", bytes(content))
 
 
-DAMAGES: dict[str, tuple[Callable[[Any, Files], None], str]] = {
-    "one bit flipped": (flip, "model.safetensors"),
-    "truncated": (lambda place, files: place.change("config.json", files["config.json"][:5]), "config.json"),
-    "emptied": (lambda place, files: place.change("config.json", b""), "config.json"),
-    "deleted": (lambda place, files: place.change("tokenizer/tokenizer.json", None), "tokenizer/tokenizer.json"),
-    "two files swapped": (swap, "config.json"),
+DAMAGES: dict[str, tuple[Callable[[Any, Files], None], list[str]]] = {
+    "one bit flipped": (flip, ["model.safetensors"]),
+    "truncated": (lambda place, files: place.change("config.json", files["config.json"][:5]), ["config.json"]),
+    "emptied": (lambda place, files: place.change("config.json", b""), ["config.json"]),
+    "deleted": (lambda place, files: place.change("tokenizer/tokenizer.json", None), ["tokenizer/tokenizer.json"]),
+    "two blobs swapped": (swap, ["config.json", "tokenizer/tokenizer.json"]),
 }
 
 
@@ -106,11 +127,14 @@ def test_damaged_artifact_is_named_set_aside_and_built_anew(
     hurt(place, files)
     with caplog.at_level(logging.WARNING):
         assert place.reader().get(key) is None
-    assert named in caplog.text
-    if damage != "deleted":
-        assert sha256(files[named]).hexdigest() in caplog.text
+    for path in named:
+        assert path in caplog.text
+        assert sha256(files[path]).hexdigest() in caplog.text
     assert place.store.find(key) is None
-    assert any(name.startswith("v1/quarantine/") for name in place.names())
+    set_aside = named_like(place, "v1/quarantine/")
+    assert sum(name.startswith("v1/quarantine/stage/") for name in set_aside) == 1
+    blobs_left = len(named) if damage != "deleted" else 0
+    assert sum(name.startswith("v1/quarantine/blob/") for name in set_aside) == blobs_left
     rebuilt, cached = place.reader().get_or_build(key, build)
     assert not cached
     assert contents(rebuilt.path) == files
@@ -119,28 +143,66 @@ def test_damaged_artifact_is_named_set_aside_and_built_anew(
     assert contents(healed.path) == files
 
 
+def test_rebuilding_one_artifact_heals_another_that_shares_the_blob(
+    place: Any, key: StageKey, build: Build, files: Files
+) -> None:
+    other = StageKey("curate", "1", {}, {})
+    place.store.get_or_build(key, build)
+    place.store.get_or_build(other, build)
+    flip(place, files)
+    _, cached = place.reader().get_or_build(other, build)
+    assert not cached
+    shared, cached = place.reader().get_or_build(key, never)
+    assert cached
+    assert contents(shared.path) == files
+
+
 def test_undamaged_artifact_is_read_without_a_warning(
     place: Any, key: StageKey, build: Build, caplog: pytest.LogCaptureFixture
 ) -> None:
-    place.store.get_or_build(key, build)
     with caplog.at_level(logging.WARNING):
+        place.store.get_or_build(key, build)
         assert place.reader().get(key) is not None
     assert caplog.text == ""
-    assert not any(name.startswith("v1/quarantine/") for name in place.names())
+    assert named_like(place, "v1/quarantine/") == []
+
+
+def test_folder_of_links_is_exactly_the_manifests_files(
+    place: Any, key: StageKey, build: Build, files: Files, tmp_path: Path
+) -> None:
+    artifact, _ = place.store.get_or_build(key, build)
+    (artifact.path / "stray.safetensors").write_bytes(b"from elsewhere")
+    (artifact.path / "adapter").symlink_to(tmp_path)
+    (artifact.path / "config.json").unlink()
+    (artifact.path / "config.json").write_bytes(b'{"hidden_size": 65}\n')
+    (artifact.path / "model.safetensors").unlink()
+    (artifact.path / "model.safetensors").mkdir()
+    (artifact.path / "tokenizer" / "tokenizer.json").unlink()
+    (artifact.path / "tokenizer").rmdir()
+    (artifact.path / "tokenizer").symlink_to(tmp_path)
+    again = place.store.get(key)
+    assert again is not None
+    assert contents(again.path) == files
+    assert not any(path.is_symlink() for path in again.path.rglob("*"))
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_file_changed_through_its_link_is_never_read(place: Any, key: StageKey, build: Build, files: Files) -> None:
+    artifact, _ = place.store.get_or_build(key, build)
+    (artifact.path / "config.json").chmod(0o644)
+    (artifact.path / "config.json").write_bytes(b'{"hidden_size": 65}\n')
+    again, _ = place.store.get_or_build(key, build)
+    assert contents(again.path) == files
 
 
 def edited(change: Callable[[dict[str, Any]], None]) -> Callable[[bytes], bytes]:
     def edit(raw: bytes) -> bytes:
         document = json.loads(raw)
         change(document)
-        # A careful attacker keeps the digest right.
-        document["digest"] = sha256(
-            json.dumps(
-                {path: entry["sha256"] for path, entry in document["files"].items()},
-                sort_keys=True,
-                separators=(",", ":"),
-            ).encode()
-        ).hexdigest()
+        # A careful attacker keeps the digest and the checksum right.
+        document["digest"] = digest_json({path: entry["sha256"] for path, entry in document["files"].items()})
+        del document["checksum"]
+        document["checksum"] = digest_json(document)
         return json.dumps(document).encode()
 
     return edit
@@ -159,14 +221,17 @@ def other_config(document: dict[str, Any]) -> None:
 
 MANIFESTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "path upwards": (edited(renamed("../../escaped.json")), "no path inside an artifact"),
+    "path with a dot": (edited(renamed("./escaped.json")), "no path inside an artifact"),
     "absolute path": (edited(renamed("/tmp/escaped.json")), "no path inside an artifact"),
     "backslash path": (edited(renamed("..\\escaped.json")), "no path inside an artifact"),
     "cut short": (lambda raw: raw[: len(raw) // 2], "not JSON"),
     "emptied": (lambda raw: b"", "not JSON"),
+    "no text": (lambda raw: b"\xff\xfe\x00", "damaged"),
     "other settings": (edited(other_config), "key does not follow"),
     "unknown field": (edited(lambda document: document.update(extra=1)), "extra"),
     "no files": (edited(lambda document: document.update(files={})), "files"),
     "forged digest": (lambda raw: raw.replace(b'"digest": "', b'"digest": "0')[:-1], "manifest.json"),
+    "other producer": (lambda raw: raw.replace(b'"pid": ', b'"pid": 1'), "checksum"),
 }
 
 
@@ -182,6 +247,7 @@ def test_unsound_manifest_is_a_miss_and_set_aside(
         assert reader.find(key) is None
         assert reader.get(key) is None
     assert complaint in caplog.text
+    assert len(named_like(place, "v1/quarantine/")) == 1
     assert not list(tmp_path.rglob("escaped.json"))
     _, cached = reader.get_or_build(key, build)
     assert not cached
@@ -200,29 +266,53 @@ def test_manifest_of_another_artifact_in_its_place_is_a_miss(place: Any, key: St
     foreign, _ = place.store.get_or_build(other, build)
     place.change_manifest(lambda raw: foreign.manifest.to_json())
     assert place.reader().get(key) is None
+    assert place.reader().get(other) is not None
 
 
-def test_racing_producers_leave_one_winner(place: Any, key: StageKey) -> None:
+def test_racing_producers_build_once(place: Any, key: StageKey) -> None:
     producers = 5
     together = threading.Barrier(producers)
+    built: list[int] = []
 
-    def produce(number: int) -> tuple[str, Files]:
+    def produce(number: int) -> tuple[str, Files, bool]:
         def build(folder: Path) -> None:
+            built.append(number)
             (folder / "result.json").write_text(json.dumps({"producer": number}))
-            together.wait(timeout=20)
 
+        together.wait(timeout=20)
         artifact, cached = stores[number].get_or_build(key, build)
-        assert not cached
-        return artifact.digest, contents(artifact.path)
+        return artifact.digest, contents(artifact.path), cached
 
     stores = [place.reader() for _ in range(producers)]
     with ThreadPoolExecutor(producers) as pool:
         results = list(pool.map(produce, range(producers)))
-    assert all(result == results[0] for result in results)
-    assert len([name for name in manifests(place) if name.endswith("/manifest.json")]) == 1
-    final = place.reader().get(key)
-    assert final is not None
-    assert (final.digest, contents(final.path)) == results[0]
+    assert len(built) == 1
+    assert [cached for _, _, cached in results].count(False) == 1
+    assert {digest for digest, _, _ in results} == {results[0][0]}
+    assert all(found == {"result.json": json.dumps({"producer": built[0]}).encode()} for _, found, _ in results)
+    assert len(named_like(place, "v1/stage/")) == 1
+
+
+def test_consumer_waits_for_the_producers_artifact(place: Any, key: StageKey, build: Build, files: Files) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    def slow(folder: Path) -> None:
+        begun.set()
+        assert may_end.wait(20)
+        build(folder)
+
+    with ThreadPoolExecutor(2) as pool:
+        producing = pool.submit(place.store.get_or_build, key, slow)
+        assert begun.wait(20)
+        waiting = pool.submit(place.reader().get_or_build, key, never)
+        # Negative control: while it is being built, it is not there, and nobody is given anything.
+        assert place.reader().get(key) is None
+        assert not waiting.done()
+        may_end.set()
+        artifact, cached = waiting.result(20)
+        assert producing.result(20)[1] is False
+    assert cached
+    assert contents(artifact.path) == files
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
@@ -235,9 +325,8 @@ def test_interrupted_build_leaves_nothing_and_is_done_again(
 
     with pytest.raises(error):
         place.store.get_or_build(key, interrupted)
-    assert place.names() == []
+    assert all_but_leases(place) == []
     assert not list(tmp_path.rglob("half.json"))
-    assert not list(tmp_path.rglob("*.lock"))
     artifact, cached = place.store.get_or_build(key, build)
     assert not cached
     assert contents(artifact.path) == files
@@ -284,7 +373,7 @@ def test_what_must_not_be_stored_is_refused_by_name(place: Any, key: StageKey, k
     with pytest.raises(StoreError) as caught:
         place.store.get_or_build(key, build)
     assert named_in_message in str(caught.value)
-    assert place.names() == []
+    assert all_but_leases(place) == []
 
 
 def test_empty_folders_are_not_part_of_an_artifact(place: Any, key: StageKey, build: Build, files: Files) -> None:
