@@ -6,7 +6,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from flows.cli import adapters, checks, models, ratings, stages
+from flows.cli import adapters, checks, models, ratings, stages, store
 
 app = typer.Typer(
     name="qlora",
@@ -31,6 +31,7 @@ app.command()(ratings.tournament)
 app.command()(ratings.agreement)
 app.command()(adapters.promote)
 app.command()(adapters.rollback)
+app.add_typer(store.app, name="store")
 
 
 def main() -> None:
