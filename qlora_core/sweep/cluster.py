@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from qlora_core.config.compute import ComputeConfig
-from qlora_core.errors import QloraError, SweepError
+from qlora_core.errors import LeaseLostError, QloraError, SweepError
 
 _OBJECT_STORE_BYTES = 100_000_000
 """Results are small JSON; Ray's own default takes a third of the host's memory."""
@@ -212,7 +212,7 @@ class Cluster:
         """What ended within `timeout_s`; empty when nothing did. Dead workers are replaced on the way.
 
         Raises SweepError when no worker comes up within the start time-out, when a worker cannot load, or when workers
-        keep dying before they are ready.
+        keep dying before they are ready, and LeaseLostError when a worker finds its work in somebody else's hands.
         """
         import ray
 
@@ -284,6 +284,9 @@ class Cluster:
         text = f"{type(cause).__name__}: {cause}"
         if phase != "busy":
             raise SweepError(f"a worker cannot start: {text}") from cause
+        if isinstance(cause, LeaseLostError):
+            # No fault of this task: whoever took it over has taken over all of them.
+            raise cause
         task = self._slots[name].task
         if not isinstance(cause, QloraError):
             # An error nobody foresaw may leave a GPU context or memory behind that would fail the next trial too.

@@ -111,7 +111,8 @@ class _Cohort:
                 return
             record = self._records[segment.trial]
             _LOGGER.info("trial %s goes to %s, up to step %d", segment.trial, worker, segment.until_step)
-            cluster.submit(worker, segment, "run", {"id": record.id, "params": record.params}, segment.until_step)
+            order = {"id": record.id, "params": record.params, "rungs": record.rungs}
+            cluster.submit(worker, segment, "run", order, segment.until_step)
 
     def _take(self, outcome: Outcome, advance: Callable[[float], None]) -> None:
         segment: Segment = outcome.task

@@ -9,6 +9,12 @@ from pathlib import Path
 
 from qlora_core.errors import SweepError
 
+DRIVER_LOCK = "driver.lock"
+"""In a sweep's work folder: who drives the sweep."""
+
+OTHER_DRIVER_S = 2.0
+"""How long another driver may still take to end."""
+
 _POLL_S = 0.2
 
 

@@ -1,14 +1,16 @@
 """A sweep from its config to its result: the best trial's adapter, and a row for every trial.
 
 May be interrupted at any point, by Ctrl-C or by killing any of its processes: the same call with the same `work_dir`
-goes on where it was. Knows where things are kept; the driver knows the loop, the cluster the workers.
+goes on where it was. With a store it goes on with an empty `work_dir` too, on any machine: the study, which is kept
+nowhere else, is drawn again, since every draw follows from the sweep's seed and earlier results, and each trial goes on
+from its checkpoint in the store. Knows where things are kept; the driver knows the loop, the cluster the workers.
 """
 
 import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from qlora_core.errors import DataError, SweepError
 from qlora_core.sweep.adapter_card import write_adapter_card
 from qlora_core.sweep.cluster import Cluster, Outcome, ray_connection
 from qlora_core.sweep.driver import OnTrial, SweepDriver
-from qlora_core.sweep.lock import exclusive_lock
+from qlora_core.sweep.keeper import work_name
+from qlora_core.sweep.lock import DRIVER_LOCK, OTHER_DRIVER_S, exclusive_lock
 from qlora_core.sweep.record import TrialRecord
 from qlora_core.sweep.rungs import TrialLength
 from qlora_core.sweep.space import cohort_size
@@ -27,7 +30,6 @@ from qlora_core.sweep.study import best_record, open_study, set_aside
 from qlora_core.sweep.worker import SweepWorker
 from qlora_core.training.schedule import total_steps, warmup_steps
 
-_OTHER_DRIVER_S = 2.0
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -37,12 +39,27 @@ class SweepWork:
 
     `work_dir` is durable, and every worker sees it: `study.db`, checkpoints in `trials/<id>/`. `lineage` names what the
     adapter is bound to (see `adapter_card.LINEAGE`); the digests in it tell this sweep from others.
+
+    `store` are the arguments of `open_store`, as JSON data: there each trial's newest checkpoint is kept too, under the
+    name of `work_dir`, which must be the sweep's own. None keeps them in `work_dir` alone. `lease` is the name of the
+    lease under which the sweep runs, `inputs` the digests of the artifacts it is made from.
     """
 
     quantized_folder: Path
     curated_folder: Path
     work_dir: Path
     lineage: Mapping[str, str]
+    store: Mapping[str, Any] | None = None
+    lease: str = ""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> dict[str, Any] | None:
+        """Where the checkpoints are kept beside `work_dir`, for `SweepWorker`."""
+        if self.store is None:
+            return None
+        name = work_name(self.work_dir)
+        return {"store": dict(self.store), "name": name, "lease": self.lease, "inputs": dict(self.inputs)}
 
     @property
     def study_file(self) -> Path:
@@ -70,8 +87,9 @@ def run_sweep(
 
     Returns what `sweep.json` holds: `method`, `varied` (names in the search space), `trials`, `best` (a trial's id).
     Raises SweepError when no trial finished, listing every trial's error; the next call then tries all of them again.
+    Raises LeaseLostError when another machine has taken the sweep over.
     """
-    with exclusive_lock(work.work_dir / "driver.lock", purpose="this sweep runs already", wait_s=_OTHER_DRIVER_S):
+    with exclusive_lock(work.work_dir / DRIVER_LOCK, purpose="this sweep runs already", wait_s=OTHER_DRIVER_S):
         records, best = _train_and_export(sweep, train, compute, work, on_trial)
         if best is None:
             kept = set_aside(work.study_file)
@@ -99,6 +117,7 @@ def _train_and_export(
             "curated_folder": str(work.curated_folder.resolve()),
             "trials_dir": str(work.trials_dir.resolve()),
             "precision": train.precision,
+            "kept": work.kept,
         }
         with (
             ray_connection(compute.ray_address, compute.workers),

@@ -28,13 +28,24 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class SweepWorker:
-    """Trains trials of one sweep over one base. Used from two threads: `run` and `export` in one, `stop` in another."""
+    """Trains trials of one sweep over one base. Used from two threads: `run` and `export` in one, `stop` in another.
 
-    def __init__(self, quantized_folder: str, curated_folder: str, trials_dir: str, precision: str) -> None:
+    `kept` says where in a store the trials' checkpoints are kept too: the fields of `StoreKeeper`.
+    """
+
+    def __init__(
+        self,
+        quantized_folder: str,
+        curated_folder: str,
+        trials_dir: str,
+        precision: str,
+        kept: Mapping[str, Any] | None = None,
+    ) -> None:
         self._quantized_folder = Path(quantized_folder)
         self._curated_folder = Path(curated_folder)
         self._trials_dir = Path(trials_dir)
         self._precision = precision
+        self._kept = kept
         self._stop = threading.Event()
         self._trainer: Trainer | None = None
         self._rows: dict[str, list[TokenRow]] = {}
@@ -55,10 +66,11 @@ class SweepWorker:
         return {"device": device, "pid": os.getpid()}
 
     def run(self, trial: Mapping[str, Any], until_step: int) -> dict[str, Any]:
-        """Train a trial ({"id", "params"}) from its newest checkpoint up to `until_step`.
+        """Train a trial ({"id", "params", "rungs"}) from its newest checkpoint up to `until_step`.
 
-        Returns the fields of TrialProgress, with `seconds` of this segment alone. Ends early, marked `interrupted`,
-        after `stop`. Raises what the trainer raises, and SweepError when another process still trains this trial.
+        `rungs` is what is known of it so far, a {"step", "loss"} each. Returns the fields of TrialProgress, with
+        `seconds` of this segment alone. Ends early, marked `interrupted`, after `stop`. Raises what the trainer raises,
+        SweepError when another process still trains this trial, and LeaseLostError when one on another machine does.
         """
         started = time.monotonic()
         order = self._order(trial)
@@ -88,7 +100,8 @@ class SweepWorker:
     def _order(self, trial: Mapping[str, Any]) -> "Trial":
         from qlora_core.training.trial import Trial
 
-        return Trial(trial["id"], TrainConfig(**trial["params"]))
+        scores = {rung["step"]: rung["loss"] for rung in trial.get("rungs", ())}
+        return Trial(trial["id"], TrainConfig(**trial["params"]), scores)
 
     def _trainer_for(self, params: TrainConfig) -> "Trainer":
         if self._trainer is None or params.precision != self._precision:
@@ -99,11 +112,13 @@ class SweepWorker:
 
     def _load_base(self, precision: str) -> None:
         from qlora_core.model.base import load_quantized
+        from qlora_core.sweep.keeper import StoreKeeper
         from qlora_core.training.trainer import Trainer
 
         # Let go of the old base first: two do not fit where one does.
         self._trainer = None
         base = load_quantized(self._quantized_folder, precision=precision)
-        self._trainer = Trainer(base, self._rows["train"], self._rows["validation"], self._trials_dir)
+        keeper = StoreKeeper(**self._kept) if self._kept else None
+        self._trainer = Trainer(base, self._rows["train"], self._rows["validation"], self._trials_dir, keeper)
         self._precision = precision
         _LOGGER.info("base loaded from %s in %s", self._quantized_folder, precision)

@@ -1,9 +1,9 @@
 """Checkpoints of one trial: written whole or not at all, verified before use, the newest valid one wins.
 
 A checkpoint is a folder `step-<n>` with `adapter.safetensors`, `optimizer.safetensors`, `state.json` and
-`manifest.json`. It is staged under another name, flushed to disk, and renamed as the last act. Row order and dropout
-follow from seed and step, so no generator state is needed. No pickle: safetensors and JSON only. Knows nothing of what
-the tensors mean.
+`manifest.json`; the names sort as the steps do. It is staged under another name, flushed to disk, and renamed as the
+last act. Row order and dropout follow from seed and step, so no generator state is needed. No pickle: safetensors and
+JSON only. Knows nothing of what the tensors mean.
 """
 
 import json
@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -52,6 +52,21 @@ class Checkpoint:
     def state(self) -> dict[str, Any]:
         """The JSON state: curve, counters, identity."""
         return json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+
+
+class CheckpointKeeper(Protocol):
+    """Keeps trials' newest checkpoints beyond this machine. Raises only what must end the training."""
+
+    def keep(self, trial_id: str, checkpoint: Checkpoint) -> None:
+        """Keep a checkpoint that has just been written, in place of the one kept before."""
+        ...
+
+    def bring_back(self, trial_id: str, folder: Path, local: Checkpoint | None) -> bool:
+        """Put the kept checkpoint into the trial's `folder` under its own name; False if it is no newer than `local`.
+
+        From then on this process is the one that keeps the trial's checkpoints.
+        """
+        ...
 
 
 def save_checkpoint(

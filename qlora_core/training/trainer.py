@@ -6,6 +6,7 @@ are chosen, compared or where the base came from.
 
 import logging
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from qlora_core.errors import TrainingError
 from qlora_core.model.base import PRECISIONS
 from qlora_core.model.loss import sequence_losses
 from qlora_core.progress import progress_bar
-from qlora_core.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from qlora_core.training.checkpoint import Checkpoint, CheckpointKeeper, newest_checkpoint, save_checkpoint
 from qlora_core.training.export import capture, write_adapter
 from qlora_core.training.lora import attached_adapter, own_generators
 from qlora_core.training.preflight import check_rows, digest_rows, fingerprint_base, trainable_rows
@@ -40,17 +41,26 @@ def _never() -> bool:
 class Trainer:
     """Trains trials on `base` (frozen, with no adapter on it) and keeps their checkpoints under `work_dir/<trial id>`.
 
+    With a `keeper`, the newest one is also kept beyond this machine, and a trial goes on from that one where it is
+    further than what is here.
+
     Raises TrainingError at once for data no trial can be trained on: no rows, all labels masked, rows longer than the
     base's positions, tokens outside its vocabulary.
     """
 
     def __init__(
-        self, base: PreTrainedModel, train: Sequence[TokenRow], validation: Sequence[TokenRow], work_dir: Path
+        self,
+        base: PreTrainedModel,
+        train: Sequence[TokenRow],
+        validation: Sequence[TokenRow],
+        work_dir: Path,
+        keeper: CheckpointKeeper | None = None,
     ) -> None:
         self._base = base
         self._train = trainable_rows(train, "train")
         self._validation = trainable_rows(validation, "validation")
         self._work_dir = work_dir
+        self._keeper = keeper
         check_rows(self._train, base, "train")
         check_rows(self._validation, base, "validation")
         base.requires_grad_(False)
@@ -63,9 +73,10 @@ class Trainer:
     ) -> list[TrialProgress]:
         """Train each trial to `until_step` (None: its end), checkpoint it, and score it on all validation rows.
 
-        A trial goes on from its newest valid checkpoint; one that is already there or further is only scored.
-        `should_stop` is asked before every step: once true, the trial is checkpointed and it and the rest of the pack
-        come back as `interrupted`, to be taken up by the same call later. Results are in the order of `trials`.
+        A trial goes on from its newest valid checkpoint. One that is already there or further is only scored; how it
+        stood at `until_step` comes back instead where a further checkpoint knows that. `should_stop` is asked before
+        every step: once true, the trial is checkpointed and it and the rest of the pack come back as `interrupted`, to
+        be taken up by the same call later. Results are in the order of `trials`.
 
         Raises:
             TrainingError: loss or gradients that are not finite, target modules that match nothing, a checkpoint of
@@ -97,6 +108,8 @@ class Trainer:
             run = TrialRun(trial, adapter, self._train)
             self._resume(run)
             until = run.total_steps if until_step is None else min(until_step, run.total_steps)
+            if (earlier := run.progress_at(until)) is not None:
+                return earlier
             if not self._train_to(run, until, should_stop):
                 return run.progress(validation_loss=None)
             adapter.eval_mode()
@@ -129,24 +142,45 @@ class Trainer:
         return loss
 
     def _save(self, run: TrialRun) -> Checkpoint:
-        return save_checkpoint(
+        checkpoint = save_checkpoint(
             self._work_dir / run.trial.id,
             run.counters.step,
             run.adapter.tensors(),
             run.optimizer.state_tensors(),
             run.state() | {"identity": self._identity(run.trial)},
         )
+        if self._keeper is not None:
+            self._keeper.keep(run.trial.id, checkpoint)
+        return checkpoint
 
     def _resume(self, run: TrialRun) -> Checkpoint | None:
         """Put the run where its newest valid checkpoint left it; None where there is none."""
-        checkpoint = newest_checkpoint(self._work_dir / run.trial.id)
+        checkpoint = self._newest(run.trial)
         if checkpoint is None:
             return None
         state = checkpoint.state()
-        _check_identity(state["identity"], self._identity(run.trial), checkpoint.folder)
+        if fault := _misfit(state["identity"], self._identity(run.trial)):
+            raise TrainingError(
+                f"checkpoint {checkpoint.folder} belongs to another training: {fault}; use another compute.work_dir or "
+                f"delete {checkpoint.folder.parent}"
+            )
         run.restore(state, checkpoint.adapter(), checkpoint.optimizer())
         logger.info("trial %s goes on from %s", run.trial.id, checkpoint.folder)
         return checkpoint
+
+    def _newest(self, trial: Trial) -> Checkpoint | None:
+        """The newest valid checkpoint of a trial, brought here first if a newer one is kept elsewhere and fits."""
+        folder = self._work_dir / trial.id
+        local = newest_checkpoint(folder)
+        if self._keeper is None or not self._keeper.bring_back(trial.id, folder, local):
+            return local
+        kept = newest_checkpoint(folder)
+        if kept is None or kept == local or not (fault := _misfit(kept.state()["identity"], self._identity(trial))):
+            return kept
+        # Not refused, as one of this folder would be: nobody can have meant it, and training anew loses time only.
+        logger.warning("trial %s: the kept checkpoint %s is not used: %s", trial.id, kept.folder.name, fault)
+        shutil.rmtree(kept.folder)
+        return local
 
     def _identity(self, trial: Trial) -> dict[str, Any]:
         """What a checkpoint's numbers depend on. How often one is written is no part of it."""
@@ -161,11 +195,9 @@ class Trainer:
             )
 
 
-def _check_identity(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
-    different = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
-    if different:
-        key = different[0]
-        raise TrainingError(
-            f"checkpoint {folder} belongs to another training: {key} is {stored.get(key)!r} there and "
-            f"{wanted.get(key)!r} here; use another compute.work_dir or delete {folder.parent}"
-        )
+def _misfit(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """How a checkpoint's identity differs from the wanted one; None if it does not."""
+    for key in sorted(stored.keys() | wanted.keys()):
+        if stored.get(key) != wanted.get(key):
+            return f"{key} is {stored.get(key)!r} there and {wanted.get(key)!r} here"
+    return None

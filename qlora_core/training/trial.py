@@ -4,7 +4,8 @@ Knows nothing of models, tensors or how trials are chosen.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_core.config.train import TrainConfig
@@ -13,10 +14,15 @@ from qlora_core.errors import TrainingError
 
 @dataclass(frozen=True)
 class Trial:
-    """One QLoRA training: its settings, and the name under which its checkpoints are kept."""
+    """One QLoRA training: its settings, and the name under which its checkpoints are kept.
+
+    `scores` are its validation losses by step, as far as they are known: its checkpoints carry them, so that whoever
+    goes on from one can tell how the trial stood earlier.
+    """
 
     id: str
     params: TrainConfig
+    scores: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", self.id):

@@ -8,7 +8,7 @@ import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Counters:
     tokens: int = 0
     seconds: float = 0.0
     curve: list[dict[str, Any]] = field(default_factory=list)
+    scores: dict[int, float] = field(default_factory=dict)
 
 
 class TrialRun:
@@ -40,7 +41,7 @@ class TrialRun:
         self.trial = trial
         self.adapter = adapter
         self.optimizer = TrialOptimizer(adapter.parameters, trial.params)
-        self.counters = Counters()
+        self.counters = Counters(scores=dict(trial.scores))
         self.total_steps = total_steps(trial.params, len(rows))
         self._rows = rows
         self._order = BatchOrder(
@@ -90,6 +91,7 @@ class TrialRun:
             "tokens": counters.tokens,
             "seconds": counters.seconds,
             "curve": counters.curve,
+            "scores": [{"step": step, "loss": loss} for step, loss in sorted(counters.scores.items())],
             "optimizer": self.optimizer.description,
         }
 
@@ -103,7 +105,8 @@ class TrialRun:
         """
         self.adapter.load(adapter)
         self.optimizer.load_state_tensors(optimizer)
-        self.counters = Counters(state["step"], state["tokens"], state["seconds"], list(state["curve"]))
+        scores = {score["step"]: score["loss"] for score in state.get("scores", ())} | dict(self.trial.scores)
+        self.counters = Counters(state["step"], state["tokens"], state["seconds"], list(state["curve"]), scores)
 
     def progress(self, validation_loss: float | None) -> TrialProgress:
         """Where the trial stands; without a validation loss it counts as interrupted."""
@@ -119,6 +122,14 @@ class TrialRun:
             optimizer=self.optimizer.description,
             interrupted=validation_loss is None,
         )
+
+    def progress_at(self, step: int) -> TrialProgress | None:
+        """Where the trial stood after an earlier `step`; None where its validation loss there is not known."""
+        if step >= self.counters.step or step not in self.counters.scores:
+            return None
+        curve = [entry for entry in self.counters.curve if entry["step"] <= step]
+        tokens = sum(entry["tokens"] for entry in curve)
+        return replace(self.progress(self.counters.scores[step]), step=step, curve=curve, tokens=tokens)
 
     def _micro_batches(self, step: int) -> list[MicroBatch]:
         rows = [self._rows[index] for index in self._order.batch(step)]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_core.config.compute import ComputeConfig
-from qlora_core.errors import SweepError
+from qlora_core.errors import LeaseLostError, SweepError
 from qlora_core.sweep.cluster import Cluster, ray_connection
 
 
@@ -87,6 +87,16 @@ def test_failing_trials_are_rows_and_the_others_finish(
     assert records[0.2].row()["loss"] is None
     assert [records[value].state for value in (0.1, 0.2, 0.3, 0.4, 5.0)] == ["complete", *["failed"] * 4]
     assert records[0.1].steps == 16
+
+
+def test_trial_taken_over_by_another_machine_ends_the_sweep_and_no_trial_failed(
+    toy: ModuleType, tmp_path: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    (best,) = [row["id"] for row in undisturbed if row["state"] == "complete"]
+    with pytest.raises(LeaseLostError, match=f"trial {best} was taken over"):
+        toy.toy_sweep(tmp_path, faults={best: {"lost_at": 7}})
+    # Once it is ours again, it goes on as if nothing had happened.
+    assert results(toy.toy_sweep(tmp_path)) == undisturbed
 
 
 def test_no_room_for_a_worker_is_an_error_that_counts_the_room(toy: ModuleType, tmp_path: Path) -> None:

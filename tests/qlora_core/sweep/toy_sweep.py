@@ -19,7 +19,7 @@ from typing import Any
 from qlora_core.config.compute import ComputeConfig
 from qlora_core.config.sweep import SweepConfig
 from qlora_core.config.train import TrainConfig
-from qlora_core.errors import TrainingError
+from qlora_core.errors import LeaseLostError, TrainingError
 from qlora_core.sweep.cluster import Cluster, ray_connection
 from qlora_core.sweep.driver import SweepDriver
 from qlora_core.sweep.record import TrialRecord
@@ -33,7 +33,10 @@ TRAIN = TrainConfig()
 
 
 class ToyWorker:
-    """Checkpoints after every step; logs each step; fails as `faults` says, by trial: kill_at, raise_at, nan_at."""
+    """Checkpoints after every step; logs each step; fails as `faults` says.
+
+    Faults are by trial: kill_at, raise_at, lost_at, nan_at, each with a step.
+    """
 
     def __init__(self, trials_dir: str, faults: Mapping[str, Mapping[str, Any]], step_seconds: float) -> None:
         self._trials_dir = Path(trials_dir)
@@ -80,6 +83,8 @@ class ToyWorker:
         fault = self._faults.get(trial["id"], {})
         if fault.get("raise_at") == step:
             raise TrainingError(f"the loss at step {step} is not finite")
+        if fault.get("lost_at") == step:
+            raise LeaseLostError(f"trial {trial['id']} was taken over")
         if fault.get("kill_at") == step and self._is_due(trial["id"], fault):
             os.kill(os.getpid(), signal.SIGKILL)
         rate = trial["params"]["learning_rate"]
