@@ -98,7 +98,7 @@ def _store(config: PipelineConfig) -> str:
     from qlora_core.pipeline.job import Job
 
     Job(config).store.check()
-    return f"{config.store}: written, read back and removed"
+    return f"{config.store.url}: written, read back and removed"
 
 
 def _mlflow(config: PipelineConfig) -> str:

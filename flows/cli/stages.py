@@ -16,12 +16,17 @@ ConfigArgument = Annotated[Path, typer.Argument(help="The pipeline config, a YAM
 
 def open_pipeline(config: Path, overrides: list[str] | None) -> "Pipeline":
     """The pipeline of a config file, what it reads from outside checked, so that a run does not find out at its end."""
+    pipeline = load_pipeline(config, overrides)
+    pipeline.job.check_inputs()
+    return pipeline
+
+
+def load_pipeline(config: Path, overrides: list[str] | None) -> "Pipeline":
+    """The pipeline of a config file; nothing but the file is looked at."""
     from qlora_core.config.load import load_config
     from qlora_core.pipeline.pipeline import Pipeline
 
-    pipeline = Pipeline(load_config(config, overrides or ()))
-    pipeline.job.check_inputs()
-    return pipeline
+    return Pipeline(load_config(config, overrides or ()))
 
 
 def run(config: ConfigArgument, overrides: SetOption = None, json: JsonOption = False) -> None:
@@ -38,10 +43,11 @@ def run(config: ConfigArgument, overrides: SetOption = None, json: JsonOption = 
     with reporting(json) as report:
         from qlora_core.pipeline.run_record import finished_before
 
-        pipeline = open_pipeline(config, overrides)
+        pipeline = load_pipeline(config, overrides)
         # Prefect's in-process API takes seconds to start, so it is left alone where nothing has to run.
         summary = finished_before(pipeline.job.config)
         if summary is None:
+            pipeline.job.check_inputs()
             # Its own 20 s are too few for a first start, which migrates its database, on a small machine.
             os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
             from flows.retrain import retrain

@@ -14,6 +14,9 @@ from qlora_core.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
 
+_SHORT_FORMS = {"store": "url"}
+"""Sections that may be given as one value, and the setting which that value is."""
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     """The config in `path` with `overrides` ("train.learning_rate=1e-4") laid over it.
@@ -60,11 +63,13 @@ def _apply_override(values: dict[str, Any], override: str) -> Location:
     parts = tuple(part.strip() for part in key.split("."))
     if not equals or not all(parts):
         raise ConfigError(f"--set takes section.key=value, for example train.learning_rate=1e-4, not {override!r}")
-    target = values
+    target: dict[str, Any] = values
     for depth, part in enumerate(parts[:-1]):
         inner = target.get(part)
         if inner is None:
             inner = target[part] = {}
+        if part in _SHORT_FORMS and not isinstance(inner, dict):
+            inner = target[part] = {_SHORT_FORMS[part]: inner}
         if not isinstance(inner, dict):
             raise ConfigError(f"--set {override}: {'.'.join(parts[: depth + 1])} is the value {inner!r}, not a section")
         target = inner

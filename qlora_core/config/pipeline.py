@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PrivateAttr
+from pydantic import PrivateAttr
 
 from qlora_core.config.base import BaseConfig
 from qlora_core.config.compute import ComputeConfig
@@ -13,6 +13,7 @@ from qlora_core.config.gate import GateConfig
 from qlora_core.config.quantize import QuantizeConfig
 from qlora_core.config.registry import RegistryConfig
 from qlora_core.config.section import Section
+from qlora_core.config.store import StoreConfig
 from qlora_core.config.sweep import SweepConfig
 from qlora_core.config.train import TrainConfig
 
@@ -28,7 +29,7 @@ class PipelineConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig()
     registry: RegistryConfig = RegistryConfig()
-    store: str = Field(default="./.qlora", description="artifact store: a folder or s3://bucket/prefix")
+    store: StoreConfig = StoreConfig()
     compute: ComputeConfig = ComputeConfig()
 
     _folder: Path = PrivateAttr(default_factory=Path.cwd)

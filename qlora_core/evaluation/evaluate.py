@@ -22,6 +22,7 @@ from qlora_core.errors import EvaluationError, JudgeUnavailableError
 from qlora_core.evaluation.adapter_scores import SPLIT, AdapterScorer, heldout_rows, load_scorer
 from qlora_core.evaluation.exact_match import compare_matches, matches
 from qlora_core.evaluation.heldout import RowLoss, compare_losses
+from qlora_core.evaluation.judge_cache import VerdictCache
 from qlora_core.evaluation.judge_client import resolve_kind
 from qlora_core.evaluation.judge_offline import LogProbJudge
 from qlora_core.evaluation.judge_openai import OpenAIJudge, open_openai_judge
@@ -47,7 +48,7 @@ def evaluate_adapter(
     out: Path,
     *,
     precision: str = "auto",
-    verdict_cache: Path | None = None,
+    verdict_cache: VerdictCache | None = None,
     lineage: Mapping[str, str] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def question_text(messages: Sequence[Mapping[str, str]]) -> str:
 
 @contextmanager
 def _open_endpoint(
-    config: EvaluateConfig, kind: str, environment: Mapping[str, str], verdict_cache: Path | None
+    config: EvaluateConfig, kind: str, environment: Mapping[str, str], verdict_cache: VerdictCache | None
 ) -> Iterator[OpenAIJudge | None]:
     """The endpoint's judge, reached once before minutes are spent on answers it may never see; None otherwise."""
     if kind != "openai":

@@ -4,16 +4,19 @@ One row per attempt. Only scored verdicts are ever served; failures are kept and
 A row is committed as soon as its answer is there, so a killed process pays for at most the calls it had in flight.
 """
 
+import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from qlora_core.errors import JudgeError
 from qlora_core.evaluation.pairwise import Judgement
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 30.0
@@ -55,10 +58,26 @@ class Attempt(NamedTuple):
     latency_s: float = 0.0
 
 
-class VerdictCache:
-    """The record in one file (None: in memory, for one run). Safe for several threads and processes at once."""
+class SharedVerdicts(Protocol):
+    """Where scored verdicts are kept for other machines: JSON documents under keys, the first one stays."""
 
-    def __init__(self, path: Path | None) -> None:
+    def put(self, digest: str, document: Mapping[str, Any], /) -> None:
+        """Keep a verdict."""
+        ...
+
+    def get_many(self, digests: Iterable[str], /) -> dict[str, dict[str, Any]]:
+        """The verdicts that are there."""
+        ...
+
+
+class VerdictCache:
+    """The record in one file (None: in memory, for one run). Safe for several threads and processes at once.
+
+    Scored verdicts are also given to `shared`, and looked for there; costs and failures stay in the file.
+    """
+
+    def __init__(self, path: Path | None, shared: SharedVerdicts | None = None) -> None:
+        self._shared = shared
         self._lock = threading.Lock()
         self._where = str(path) if path is not None else "memory"
         try:
@@ -88,12 +107,16 @@ class VerdictCache:
             self._connection.close()
 
     def scored(self, keys: Iterable[str]) -> dict[str, Judgement]:
-        """The earliest scored judgement of each key that has one."""
+        """The earliest scored judgement of each key that has one, here or else among the shared ones."""
+        keys = list(keys)
         found: dict[str, Judgement] = {}
         for key, slot, reason in self._by_key(
             "SELECT key, slot, reason FROM attempts WHERE slot IS NOT NULL AND", keys
         ):
             found.setdefault(key, Judgement(slot, reason))
+        if self._shared is not None:
+            for key, document in self._shared.get_many(set(keys) - found.keys()).items():
+                found[key] = Judgement(document["slot"], document["reason"])
         return found
 
     def spent_usd(self, keys: Iterable[str]) -> float:
@@ -113,6 +136,15 @@ class VerdictCache:
                 )
         except sqlite3.DatabaseError as error:
             raise JudgeError(f"the verdict cache {self._where} cannot be written ({error}); check its disk") from error
+        if self._shared is not None and judgement.slot is not None:
+            self._share(self._shared, key, judgement)
+
+    def _share(self, shared: SharedVerdicts, key: str, judgement: Judgement) -> None:
+        try:
+            shared.put(key, judgement._asdict())
+        except OSError as error:
+            # It is paid for and recorded here: an outage of the shared place must not stop the judging.
+            logger.warning("a verdict could not be shared with other machines: %s", error)
 
     def _prepare(self) -> None:
         self._connection.execute("PRAGMA journal_mode = WAL")

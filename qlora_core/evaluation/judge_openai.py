@@ -10,8 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager
-from pathlib import Path
+from contextlib import closing, contextmanager, nullcontext
 
 from qlora_core.config.evaluate import EvaluateConfig, JudgeConfig
 from qlora_core.digest import digest_json
@@ -229,17 +228,18 @@ class OpenAIJudge:
 def open_openai_judge(
     config: JudgeConfig,
     environment: Mapping[str, str],
-    cache: Path | None,
+    cache: VerdictCache | None,
     *,
     first_backoff_s: float = FIRST_BACKOFF_S,
 ) -> Iterator[OpenAIJudge]:
-    """The configured endpoint's judge, its verdict cache open (None: in memory). Makes no call.
+    """The configured endpoint's judge with its verdict cache (None: one in memory). Makes no call.
 
-    Raises ConfigError where its price is unknown, JudgeError where the key is missing or the cache cannot be used.
+    Raises ConfigError where its price is unknown, JudgeError where the key is missing.
     """
     is_custom = custom_url(config, environment) is not None
     prices = judge_prices(config, custom_endpoint=is_custom)
-    with closing(JudgeClient(config, environment)) as client, VerdictCache(cache) as verdicts:
+    opened = VerdictCache(None) if cache is None else nullcontext(cache)
+    with closing(JudgeClient(config, environment)) as client, opened as verdicts:
         certified = not is_custom and config.model in GPT4_FAMILY
         yield OpenAIJudge(config, client, verdicts, prices, certified=certified, first_backoff_s=first_backoff_s)
 

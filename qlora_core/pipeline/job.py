@@ -6,7 +6,7 @@ from typing import Any
 
 from qlora_core.config.pipeline import PipelineConfig
 from qlora_core.data.source_files import SourceFile, list_source_files
-from qlora_core.digest import digest_file, digest_files, digest_json
+from qlora_core.digest import digest_file, digest_json
 from qlora_core.errors import ConfigError
 from qlora_core.pipeline.base_source import BaseModelFiles, is_demo, locate_base
 from qlora_core.store.store import Store, open_store
@@ -19,12 +19,17 @@ class Job:
         self.config = config
 
     @cached_property
+    def store_settings(self) -> dict[str, Any]:
+        """The arguments of `open_store` as plain JSON data, for processes that open the store themselves."""
+        settings = self.section("store")
+        if "://" not in settings["url"]:
+            settings["url"] = str(self.config.path(settings["url"]))
+        return {**settings, "cache_dir": str(self.config.work_dir / "cache")}
+
+    @cached_property
     def store(self) -> Store:
         """The artifact store; local copies of remote artifacts are kept in the work folder."""
-        url = self.config.store
-        if "://" not in url:
-            url = str(self.config.path(url))
-        return open_store(url, self.config.work_dir / "cache")
+        return open_store(**self.store_settings)
 
     @cached_property
     def sources(self) -> list[SourceFile]:
@@ -32,9 +37,9 @@ class Job:
         return list_source_files([self.config.path(source) for source in self.config.data.sources])
 
     @cached_property
-    def sources_digest(self) -> str:
-        """Identity of the dataset files: names within their sources, and bytes."""
-        return digest_files({source.name: source.path for source in self.sources})
+    def source_digests(self) -> dict[str, str]:
+        """The SHA-256 of each dataset file, by its name within its source."""
+        return {source.name: digest_file(source.path) for source in self.sources}
 
     @cached_property
     def chat_template(self) -> Path | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_core.config.pipeline import PipelineConfig
+from qlora_core.errors import QloraError
 from qlora_core.pipeline.job import Job
 from qlora_core.pipeline.stages import STAGES, Stage
 from qlora_core.store.artifact import Artifact, StageKey
@@ -88,7 +89,17 @@ class Pipeline:
             inputs = {needed: self.run(needed).artifact for needed in stage.upstream(self.job)}
             key = stage.key(self.job, {needed: artifact.manifest for needed, artifact in inputs.items()})
             self.get_or_build(name, key, lambda out: stage.build(self.job, inputs, out))
+            self._clean_up(stage, key)
         return self._results[name]
+
+    def _clean_up(self, stage: Stage, key: StageKey) -> None:
+        """Remove what building a stored artifact has left behind, also where an earlier run died before it could."""
+        if stage.clean_up is None:
+            return
+        try:
+            stage.clean_up(self.job, key)
+        except (QloraError, OSError) as error:
+            logger.warning("%s: done, but what it worked with could not be removed: %s", stage.name, error)
 
     def get_or_build(self, name: str, key: StageKey, build: Callable[[Path], None]) -> StageResult:
         """The artifact of `key`, timed, logged and remembered under `name`."""

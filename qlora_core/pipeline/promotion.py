@@ -18,6 +18,8 @@ from qlora_core.pipeline.pipeline import Pipeline, StageResult
 from qlora_core.pipeline.stages import lineage
 from qlora_core.registry.champion import Champion
 from qlora_core.store.artifact import Artifact, StageKey
+from qlora_core.store.lineage import lineage as lineage_graph
+from qlora_core.store.refs import add_ref
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,7 @@ class Promotion:
             against = self.rival.adapter_sha256 if self.rival else "none"
         inputs = {name: self.pipeline.run(name).artifact for name in ("curate", "quantize", "sweep", "evaluate")}
         digests = {name: artifact.digest for name, artifact in inputs.items()} | {"champion": against}
-        key = StageKey("gate", "1", self.job.section("gate"), digests)
+        key = StageKey("gate", "2", self.job.section("gate"), digests)
         result = self.pipeline.get_or_build("gate", key, lambda out: self._decide(inputs, out))
         decision = json.loads((result.artifact.path / "decision.json").read_text(encoding="utf-8"))
         return Gate(result, decision, result.artifact.path / "report.html")
@@ -101,7 +103,9 @@ class Promotion:
             "compared_with": champion.adapter_sha256 if champion else "none",
             "comparison": comparison,
         }
+        graph = lineage_graph([result.artifact.manifest for result in self.pipeline.results()])
         (out / "decision.json").write_text(json.dumps(decision, indent=1, allow_nan=False), encoding="utf-8")
+        (out / "lineage.json").write_text(json.dumps(graph, indent=1), encoding="utf-8")
         write_report(
             out / "report.html",
             config=self.job.config.resolved(),
@@ -110,6 +114,7 @@ class Promotion:
             sweep=_read(inputs["sweep"], "sweep.json"),
             evaluation=evaluation,
             decision=decision,
+            lineage=graph,
             curated_folder=inputs["curate"].path,
             evaluation_folder=inputs["evaluate"].path,
         )
@@ -150,6 +155,9 @@ class Promotion:
         from qlora_core.registry.register import RegistrationRequest, register_run
 
         logger.info("register: started")
+        # Before there is a version: what one refers to must never be collected, and a spare reference does no harm.
+        addresses = [result.artifact.manifest.address for result in self.pipeline.results()]
+        add_ref(self.job.store.backend, "model", f"{config.registry.model_name}/{self.run_key}", addresses)
         request = RegistrationRequest(
             tracking_uri=config.tracking_uri,
             model_name=config.registry.model_name,

@@ -28,9 +28,13 @@ class RunRecord:
     @classmethod
     def start(cls, config: PipelineConfig) -> "RunRecord":
         """Give the run an id and save its resolved config, once all it reads from outside is known to be there."""
+        Pipeline(config).job.check_inputs()
+        return cls._put_on_record(config)
+
+    @classmethod
+    def _put_on_record(cls, config: PipelineConfig) -> "RunRecord":
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         record = cls(f"{stamp}-{secrets.token_hex(3)}", config)
-        Pipeline(config).job.check_inputs()
         record.folder.mkdir(parents=True)
         document = json.dumps(config.resolved(), indent=1, ensure_ascii=False)
         (record.folder / "config.json").write_text(document, encoding="utf-8")
@@ -76,7 +80,10 @@ class RunRecord:
 
 
 def finished_before(config: PipelineConfig) -> dict[str, Any] | None:
-    """The summary, on record as a run of its own, if every stage is stored and the candidate registered; else None."""
+    """The summary, on record as a run of its own, if every stage is stored and the candidate registered; else None.
+
+    Asks the store for each manifest twice, to plan and to read; nothing is tried out that only a build would need.
+    """
     pipeline = Pipeline(config)
     if not all(stage.cached for stage in pipeline.plan()):
         return None
@@ -85,7 +92,7 @@ def finished_before(config: PipelineConfig) -> dict[str, Any] | None:
         return None
     promotion.gate()
     rows = [result.row() for result in pipeline.results()]
-    return RunRecord.start(config).summary(promotion, [*rows, promotion.row(cached=True, seconds=0.0)])
+    return RunRecord._put_on_record(config).summary(promotion, [*rows, promotion.row(cached=True, seconds=0.0)])
 
 
 def trial_rows(swept: Mapping[str, Any]) -> list[dict[str, Any]]:

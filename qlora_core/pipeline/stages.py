@@ -17,7 +17,9 @@ from qlora_core.pipeline.base_source import BaseModelFiles, is_demo
 from qlora_core.pipeline.job import Job
 from qlora_core.quantization.checkpoint import tokenizer_files
 from qlora_core.store.artifact import Artifact, StageKey
+from qlora_core.store.layout import VERDICTS
 from qlora_core.store.manifest import Manifest
+from qlora_core.store.shelf import Shelf
 
 Inputs = Mapping[str, Artifact]
 Manifests = Mapping[str, Manifest]
@@ -25,12 +27,17 @@ Manifests = Mapping[str, Manifest]
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: `key` from its inputs' manifests, `build` from its inputs' files into an empty folder."""
+    """One stage: `key` from its inputs' manifests, `build` from its inputs' files into an empty folder.
+
+    `clean_up` removes what builds have left outside that folder, once the artifact of the key is stored; where nothing
+    is left it costs nothing.
+    """
 
     name: str
     upstream: Callable[[Job], tuple[str, ...]]
     key: Callable[[Job, Manifests], StageKey]
     build: Callable[[Job, Inputs, Path], None]
+    clean_up: Callable[[Job, StageKey], None] | None = None
 
 
 def _base_key(job: Job, inputs: Manifests) -> StageKey:
@@ -60,7 +67,9 @@ def _curate_key(job: Job, inputs: Manifests) -> StageKey:
     else:
         tokenizer = digest_files({**tokenizer_files(base.folder), "config.json": base.folder / "config.json"})
     settings = job.section("data", without=frozenset({"sources", "chat_template"}))
-    digests = {"sources": job.sources_digest, "tokenizer": tokenizer, "chat_template": job.chat_template_digest}
+    # File by file, so that `qlora store explain` can name the one that changed.
+    sources = {f"sources/{name}": digest for name, digest in job.source_digests.items()}
+    digests = {**sources, "tokenizer": tokenizer, "chat_template": job.chat_template_digest}
     return StageKey("curate", "1", settings, digests)
 
 
@@ -95,15 +104,28 @@ def _sweep_key(job: Job, inputs: Manifests) -> StageKey:
 def _build_sweep(job: Job, inputs: Inputs, out: Path) -> None:
     from qlora_core.sweep.run import SweepWork, run_sweep
 
-    key = _sweep_key(job, {name: artifact.manifest for name, artifact in inputs.items()}).key
+    key = _sweep_key(job, {name: artifact.manifest for name, artifact in inputs.items()})
     work = SweepWork(
         quantized_folder=inputs["quantize"].path,
         curated_folder=inputs["curate"].path,
-        # Named by the key: an interrupted sweep is found again by the same job and by no other.
-        work_dir=job.config.work_dir / "sweeps" / key[:16],
+        work_dir=_sweep_folder(job, key),
         lineage=lineage(job, inputs),
+        store=job.store_settings,
+        lease=f"stage/{key.stage}/{key.key}",
+        inputs=key.inputs,
     )
     run_sweep(job.config.sweep, job.config.train, job.config.compute, work, out)
+
+
+def _clean_up_sweep(job: Job, key: StageKey) -> None:
+    from qlora_core.sweep.keeper import discard_work
+
+    discard_work(_sweep_folder(job, key), job.store.backend)
+
+
+def _sweep_folder(job: Job, key: StageKey) -> Path:
+    # Named by the key: an interrupted sweep is found again by the same job and by no other.
+    return job.config.work_dir / "sweeps" / key.key[:16]
 
 
 def judge_kind(job: Job) -> str:
@@ -124,18 +146,20 @@ def _evaluate_key(job: Job, inputs: Manifests) -> StageKey:
 
 def _build_evaluate(job: Job, inputs: Inputs, out: Path) -> None:
     from qlora_core.evaluation.evaluate import evaluate_adapter
+    from qlora_core.evaluation.judge_cache import VerdictCache
 
     judge = job.config.evaluate.judge.model_copy(update={"kind": judge_kind(job)})
-    evaluate_adapter(
-        job.config.evaluate.model_copy(update={"judge": judge}),
-        inputs["quantize"].path,
-        inputs["sweep"].path / "adapter",
-        inputs["curate"].path,
-        out,
-        precision=job.config.train.precision,
-        verdict_cache=job.config.work_dir / "verdicts.db",
-        lineage=lineage(job, inputs),
-    )
+    with VerdictCache(job.config.work_dir / "verdicts.db", Shelf(job.store.backend, VERDICTS)) as verdicts:
+        evaluate_adapter(
+            job.config.evaluate.model_copy(update={"judge": judge}),
+            inputs["quantize"].path,
+            inputs["sweep"].path / "adapter",
+            inputs["curate"].path,
+            out,
+            precision=job.config.train.precision,
+            verdict_cache=verdicts,
+            lineage=lineage(job, inputs),
+        )
 
 
 def lineage(job: Job, inputs: Inputs) -> dict[str, str]:
@@ -153,6 +177,6 @@ STAGES = (
     Stage("base", lambda job: (), _base_key, _build_base),
     Stage("curate", _upstream_of_base_users, _curate_key, _build_curate),
     Stage("quantize", _upstream_of_base_users, _quantize_key, _build_quantize),
-    Stage("sweep", lambda job: ("curate", "quantize"), _sweep_key, _build_sweep),
+    Stage("sweep", lambda job: ("curate", "quantize"), _sweep_key, _build_sweep, _clean_up_sweep),
     Stage("evaluate", lambda job: ("curate", "quantize", "sweep"), _evaluate_key, _build_evaluate),
 )

@@ -135,6 +135,44 @@ def quantization_figure(layers: Sequence[Mapping[str, Any]]) -> str | None:
         return _svg(figure)
 
 
+def lineage_figure(lineage: Mapping[str, Any]) -> str:
+    """What was made from what, left to right; a graph as `store.lineage` gives it, with one node at least."""
+    depths = _depths(lineage)
+    columns: dict[int, list[Mapping[str, Any]]] = {}
+    for node in lineage["nodes"]:
+        columns.setdefault(depths[node["id"]], []).append(node)
+    rows = max(len(column) for column in columns.values())
+    places = {
+        node["id"]: (float(depth), rows / 2 - (row + 0.5) * rows / len(column))
+        for depth, column in columns.items()
+        for row, node in enumerate(column)
+    }
+    with rc_context(STYLE):
+        figure, axes = _figure(0.42 * rows + 0.3)
+        for edge in lineage["edges"]:
+            arrow = {"arrowstyle": "-", "color": "#c6cbd1", "lw": 1.1}
+            axes.annotate("", xy=places[edge["to"]], xytext=places[edge["from"]], arrowprops=arrow, zorder=1)
+        for node in lineage["nodes"]:
+            made_here = node["kind"] == "artifact"
+            box = {"boxstyle": "round,pad=0.35", "fc": "#e4f0f4" if made_here else "#f6f7f8", "ec": "none"}
+            label = f"{node['stage'] if made_here else node['name']}\n{node['digest'][:12]}"
+            axes.text(*places[node["id"]], label, ha="center", va="center", fontsize=7, bbox=box, zorder=2)
+        axes.set_xlim(-0.5, max(columns) + 0.5)
+        axes.set_ylim(-rows / 2, rows / 2)
+        _bare(axes)
+        axes.set_yticks([])
+        return _svg(figure)
+
+
+def _depths(lineage: Mapping[str, Any]) -> dict[str, int]:
+    """Each node's longest way from a node that was made from nothing."""
+    depths = {node["id"]: 0 for node in lineage["nodes"]}
+    for _ in lineage["nodes"]:
+        for edge in lineage["edges"]:
+            depths[edge["to"]] = max(depths[edge["to"]], depths[edge["from"]] + 1)
+    return depths
+
+
 def smoothed(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     """Steps and losses thinned to 200 points at most, each the mean of its stretch; empty for no points."""
     stretch = max(1, math.ceil(len(points) / CURVE_POINTS), len(points) // 40)

@@ -17,6 +17,7 @@ from qlora_core.report.answers import match_table, read_answers, sample_answers
 from qlora_core.report.figures import (
     curves_figure,
     funnel_figure,
+    lineage_figure,
     matches_figure,
     quantization_figure,
     sweep_figure,
@@ -44,10 +45,11 @@ def write_report(
     sweep: Mapping[str, Any],
     evaluation: Mapping[str, Any],
     decision: Mapping[str, Any],
+    lineage: Mapping[str, Any],
     curated_folder: Path,
     evaluation_folder: Path,
 ) -> None:
-    """Write the HTML file `out` from the stages' JSON and the tables in the two folders.
+    """Write the HTML file `out` from the stages' JSON, their `lineage` graph and the tables in the two folders.
 
     Equal inputs give equal bytes. Text from data is escaped everywhere. A judge or an exact match that is null is said
     to be missing, and why. Raises EvaluationError where `answers.jsonl` cannot be read.
@@ -76,7 +78,9 @@ def write_report(
             samples=sample_answers(answers, SHOWN_ANSWERS),
             answer_count=len(answers),
             quarantined=_quarantined(curated_folder),
-            figures=_figures(curation, quantization, sweep, varied, matches),
+            lineage=_lineage_rows(lineage),
+            figures=_figures(curation, quantization, sweep, varied, matches)
+            | {"lineage": _embedded(lineage_figure(lineage))},
         )
     )
     out.write_text(page, encoding="utf-8", newline="\n")
@@ -110,6 +114,23 @@ def _figures(
         "quantization": quantization_figure(quantization["layers"]),
     }
     return {name: _embedded(svg) if svg else None for name, svg in drawn.items()}
+
+
+def _lineage_rows(lineage: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The artifacts of a lineage graph, each with what it was made from."""
+    nodes = {node["id"]: node for node in lineage["nodes"]}
+    return [
+        {
+            **node,
+            "inputs": [
+                {"name": edge["name"], "digest": nodes[edge["from"]]["digest"]}
+                for edge in lineage["edges"]
+                if edge["to"] == node["id"]
+            ],
+        }
+        for node in lineage["nodes"]
+        if node["kind"] == "artifact"
+    ]
 
 
 def _funnel_stages(curation: Mapping[str, Any]) -> list[tuple[str, int]]:

@@ -1,7 +1,9 @@
 """A part of the job with its artifacts in a real S3-compatible server on loopback."""
 
 import json
+import logging
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -64,3 +66,39 @@ def test_endpoint_that_is_away_is_refused_before_any_work(tiny_project: Path, ql
     done = qlora("curate", tiny_project, "--set", f"store=s3://{BUCKET}/x", env=away)
     assert done.returncode == 1
     assert "127.0.0.1:9" in done.stderr
+
+
+class Requests(logging.Handler):
+    """What the server was asked, line by line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def test_second_run_asks_little_of_the_bucket_and_loads_nothing_heavy(
+    tiny_project: Path, qlora: Qlora, s3: dict[str, str]
+) -> None:
+    command = ("run", tiny_project, "--json", "--set", f"store=s3://{BUCKET}/whole")
+    first = qlora(*command, env=s3)
+    assert first.returncode == 0, first.stderr
+    requests = Requests()
+    logging.getLogger("werkzeug").addHandler(requests)
+    started = time.monotonic()
+    second = qlora(*command, env={**s3, "PYTHONPROFILEIMPORTTIME": "1"})
+    seconds = time.monotonic() - started
+    logging.getLogger("werkzeug").removeHandler(requests)
+
+    assert second.returncode == 0, second.stderr
+    stages = json.loads(second.stdout)["stages"]
+    assert [stage["name"] for stage in stages if not stage["cached"]] == []
+    assert 0 < len(requests.lines) <= 3 * len(stages), requests.lines
+    assert all('"GET' in line for line in requests.lines), requests.lines
+    loaded = {line.rpartition("|")[2].strip() for line in second.stderr.splitlines() if line.startswith("import time:")}
+    assert "boto3" in loaded
+    assert loaded.isdisjoint({"torch", "ray", "prefect", "mlflow", "transformers"})
+    # A generous bound, so that a busy machine does not fail it; what it takes on a quiet one is in the measurements.
+    assert seconds < 20

@@ -10,6 +10,7 @@ from qlora_core.config.evaluate import JudgeConfig
 from qlora_core.config.load import load_config, parse_config, parse_section
 from qlora_core.config.pipeline import PipelineConfig
 from qlora_core.config.section import Section
+from qlora_core.config.store import StoreConfig
 from qlora_core.config.sweep import FloatRange
 from qlora_core.config.train import TrainConfig
 from qlora_core.errors import ConfigError
@@ -126,6 +127,13 @@ def test_relative_paths_start_at_the_config_file(tmp_path: Path) -> None:
     assert config.tracking_uri == f"sqlite:///{tmp_path.resolve()}/.qlora/mlflow.db"
 
 
+def test_store_may_be_a_plain_string_in_the_file_and_in_an_override(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "store: s3://bucket/team\n")
+    assert load_config(path).store.url == "s3://bucket/team"
+    assert load_config(path, ["store=elsewhere"]).store.url == "elsewhere"
+    assert load_config(path, ["store.cache_limit_gb=3"]).store == StoreConfig(url="s3://bucket/team", cache_limit_gb=3)
+
+
 def test_resolved_config_gives_the_same_config_again(tmp_path: Path) -> None:
     text = MINIMAL + "sweep: {method: random, space: {learning_rate: {low: 1e-5, high: 1e-3, log: true}}}\n"
     config = load_config(write(tmp_path, text))
@@ -143,6 +151,7 @@ def test_resolved_config_gives_the_same_config_again(tmp_path: Path) -> None:
         ("sweep: {space: {learning_rate: {low: 0, high: 1, log: true}}}", "log range starts above 0"),
         ("sweep: {method: grid, space: {learning_rate: {low: 1, high: 2}}}", "use method: random"),
         ("quantize: {blocksize: 63}", "blocksize"),
+        ("store: {kms_key_id: alias/team}", "kms_key_id needs encryption: aws:kms"),
     ],
 )
 def test_impossible_section_says_why(tmp_path: Path, section: str, told: str) -> None:

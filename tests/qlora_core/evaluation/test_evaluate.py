@@ -14,6 +14,7 @@ from qlora_core.data.curate import curate
 from qlora_core.data.dataset import read_split
 from qlora_core.errors import EvaluationError, JudgeError, JudgeUnavailableError
 from qlora_core.evaluation.evaluate import compare_adapters, evaluate_adapter, question_text, read_row_losses
+from qlora_core.evaluation.judge_cache import VerdictCache
 from qlora_core.evaluation.verdict import read_verdicts
 from qlora_core.model.base import load_quantized
 from qlora_core.quantization.quantize import quantize_checkpoint
@@ -127,7 +128,7 @@ def test_evaluate_with_an_endpoint_counts_its_cost(inputs: Inputs, tmp_path: Pat
         _config(judge=judge, max_prompts=4),
         tmp_path / "out",
         environment=environment,
-        verdict_cache=tmp_path / "v.db",
+        verdict_cache=VerdictCache(tmp_path / "v.db"),
     )["metrics"]["judge"]
     assert (result["kind"], result["model"], result["unscored"]) == ("openai", "judge-1", 0)
     assert result["cost_usd"] == pytest.approx(judge_server.billed_usd, abs=1e-12)
@@ -148,7 +149,7 @@ def test_evaluate_with_an_overloaded_endpoint_is_no_result_and_goes_on_later(
 
     def evaluate(out: Path) -> dict:
         config = _config(judge=judge, max_prompts=4)
-        return _evaluate(inputs, config, out, environment={}, verdict_cache=tmp_path / "v.db")
+        return _evaluate(inputs, config, out, environment={}, verdict_cache=VerdictCache(tmp_path / "v.db"))
 
     judge_server.fault = lambda prompt, attempt: fault
     with pytest.raises(JudgeUnavailableError, match="run the command again"):

@@ -15,10 +15,14 @@ import pytest
 
 from qlora_core.config.evaluate import JudgeConfig
 from qlora_core.errors import ConfigError, JudgeError
+from qlora_core.evaluation.judge_cache import VerdictCache
 from qlora_core.evaluation.judge_client import resolve_kind, retry_after_s
 from qlora_core.evaluation.judge_openai import CALLS_IN_FLIGHT, open_openai_judge
 from qlora_core.evaluation.pairwise import AnswerPair, judge_pairs
 from qlora_core.evaluation.verdict import Verdict
+from qlora_core.store.layout import VERDICTS
+from qlora_core.store.local import LocalFolder
+from qlora_core.store.shelf import Shelf
 
 if TYPE_CHECKING:
     from conftest import JudgeServer
@@ -49,7 +53,7 @@ def _expected(count: int) -> list[str]:
 
 
 def _judge(config: JudgeConfig, count: int, cache: Path | None = None) -> tuple[list[Verdict], float]:
-    with open_openai_judge(config, ENVIRONMENT, cache, first_backoff_s=0.01) as judge:
+    with VerdictCache(cache) as kept, open_openai_judge(config, ENVIRONMENT, kept, first_backoff_s=0.01) as judge:
         verdicts = judge_pairs(judge, _pairs(count), model_a="x", model_b="y", advance=lambda amount: None)
         return verdicts, judge.cost_usd
 
@@ -263,11 +267,26 @@ def test_open_judge_address_from_the_environment_counts_as_custom(judge_server: 
         pytest.fail("opened without prices")
 
 
+def test_decide_on_another_machine_pays_for_nothing_that_is_shared(judge_server: "JudgeServer", tmp_path: Path) -> None:
+    def decide(machine: str) -> list[str | None]:
+        shared = Shelf(LocalFolder(tmp_path / "store"), VERDICTS)
+        config = _config(judge_server.url)
+        with VerdictCache(tmp_path / machine, shared) as kept, open_openai_judge(config, ENVIRONMENT, kept) as judge:
+            verdicts = judge_pairs(judge, _pairs(4), model_a="x", model_b="y", advance=lambda amount: None)
+        return [verdict.verdict for verdict in verdicts]
+
+    assert decide("one.db") == _expected(4)
+    asked = len(judge_server.requests)
+    assert asked
+    assert decide("other.db") == _expected(4)
+    assert len(judge_server.requests) == asked
+
+
 def test_open_judge_cache_that_is_no_database_is_named(tmp_path: Path) -> None:
     (tmp_path / "v.db").write_text("these are not the bytes of a database" * 100)
     with (
         pytest.raises(JudgeError, match=r"v\.db cannot be used"),
-        open_openai_judge(_config("http://127.0.0.1:9/v1"), ENVIRONMENT, tmp_path / "v.db"),
+        VerdictCache(tmp_path / "v.db"),
     ):
         pytest.fail("opened a broken cache")
 

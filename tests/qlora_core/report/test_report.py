@@ -11,7 +11,7 @@ import pytest
 from qlora_core.errors import EvaluationError
 from qlora_core.report.report import write_report
 
-SECTIONS = ("verdict", "summary", "evaluation", "answers", "curation", "sweep", "quantization", "config")
+SECTIONS = ("verdict", "summary", "evaluation", "answers", "curation", "sweep", "quantization", "lineage", "config")
 ATTACK = "<script>alert('x')</script>"
 
 
@@ -48,6 +48,16 @@ def trial(number: int, rate: float, loss: float | None, state: str, error: str |
         "curve": curve if state != "failed" else [],
         "rungs": [{"step": 60, "loss": loss + 0.1}, {"step": 119, "loss": loss}] if loss else [],
     }
+
+
+def lineage_of_three() -> dict[str, Any]:
+    """Rows from outside, curated, trained on."""
+    made = [("curate", "c" * 64), ("sweep", "5" * 64)]
+    outside = {"id": "r" * 64, "kind": "external", "name": "sources/a.jsonl", "digest": "r" * 64}
+    nodes = [{"id": key, "kind": "artifact", "stage": stage, "key": key, "digest": key} for stage, key in made]
+    edges = [{"from": "r" * 64, "to": "c" * 64, "name": "sources/a.jsonl"},
+             {"from": "c" * 64, "to": "5" * 64, "name": "curate"}]  # fmt: skip
+    return {"nodes": [outside, *nodes], "edges": edges}
 
 
 @pytest.fixture
@@ -114,6 +124,7 @@ def run(tmp_path: Path) -> dict[str, Any]:
         },
         "decision": {"verdict": "PROMOTE", "reasons": ["The loss falls by 5.3 nats per token (5.1 to 5.5)."],
                      "champion": None, "comparison": None},
+        "lineage": lineage_of_three(),
         "curated_folder": curated,
         "evaluation_folder": evaluated,
     }  # fmt: skip
@@ -154,7 +165,7 @@ def test_report_loads_nothing_from_elsewhere(tmp_path: Path, run: dict[str, Any]
 
 def test_every_figure_is_there_and_described(tmp_path: Path, run: dict[str, Any]) -> None:
     images = read(page(tmp_path, run)).images
-    assert len(images) == 5
+    assert len(images) == 6
     assert all(len(image["alt"] or "") > 20 for image in images)
 
 
@@ -257,3 +268,10 @@ def test_missing_answers_file_names_it(tmp_path: Path, run: dict[str, Any]) -> N
     with pytest.raises(EvaluationError, match=r"answers\.jsonl cannot be read .*evaluate again"):
         page(tmp_path, run)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_lineage_names_each_artifact_and_what_it_was_made_from(tmp_path: Path, run: dict[str, Any]) -> None:
+    text = page(tmp_path, run)
+    section = text[text.index('id="lineage"') : text.index('id="config"')]
+    assert re.search(r"curate</td>.*?sources/a\.jsonl <code title=\"r{64}\">r{12}", section)
+    assert re.search(r"sweep</td>.*?curate <code title=\"c{64}\">c{12}", section)
