@@ -8,8 +8,10 @@ Heavy imports stand inside the builders, so that keys can be computed without to
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlora_core.digest import digest_files, digest_json
 from qlora_core.evaluation.judge_client import custom_url, resolve_kind
@@ -20,6 +22,9 @@ from qlora_core.store.artifact import Artifact, StageKey
 from qlora_core.store.layout import VERDICTS
 from qlora_core.store.manifest import Manifest
 from qlora_core.store.shelf import Shelf
+
+if TYPE_CHECKING:
+    from qlora_core.evaluation.judge_cache import VerdictCache
 
 Inputs = Mapping[str, Artifact]
 Manifests = Mapping[str, Manifest]
@@ -146,10 +151,9 @@ def _evaluate_key(job: Job, inputs: Manifests) -> StageKey:
 
 def _build_evaluate(job: Job, inputs: Inputs, out: Path) -> None:
     from qlora_core.evaluation.evaluate import evaluate_adapter
-    from qlora_core.evaluation.judge_cache import VerdictCache
 
     judge = job.config.evaluate.judge.model_copy(update={"kind": judge_kind(job)})
-    with VerdictCache(job.config.work_dir / "verdicts.db", Shelf(job.store.backend, VERDICTS)) as verdicts:
+    with _paid_verdicts(job) as verdicts:
         evaluate_adapter(
             job.config.evaluate.model_copy(update={"judge": judge}),
             inputs["quantize"].path,
@@ -160,6 +164,15 @@ def _build_evaluate(job: Job, inputs: Inputs, out: Path) -> None:
             verdict_cache=verdicts,
             lineage=lineage(job, inputs),
         )
+
+
+def _paid_verdicts(job: Job) -> "AbstractContextManager[VerdictCache | None]":
+    """What a judge that costs money has said before, here or on other machines; None for a judge that costs none."""
+    from qlora_core.evaluation.judge_cache import VerdictCache
+
+    if judge_kind(job) != "openai":
+        return nullcontext()
+    return VerdictCache(job.config.work_dir / "verdicts.db", Shelf(job.store.backend, VERDICTS))
 
 
 def lineage(job: Job, inputs: Inputs) -> dict[str, str]:
