@@ -13,6 +13,8 @@ from qlora_core.store.manifest import PIECE_BYTES, FileEntry, inside_path
 
 Name = TypeVar("Name")
 
+SYNCS_AT_ONCE = 16
+
 # What may cross from one stage to the next. Nothing here can carry code; `.model` and `.tiktoken` are vocabularies.
 ALLOWED_SUFFIXES = frozenset(
     {".safetensors", ".json", ".jsonl", ".parquet", ".csv", ".tsv", ".yaml", ".txt", ".md", ".html", ".jinja"}
@@ -34,11 +36,15 @@ def seal(folder: Path) -> dict[str, FileEntry]:
         _check_publishable(path, file)
     entries: dict[str, FileEntry] = {}
 
-    def seal_file(path: str) -> None:
+    def hash_file(path: str) -> None:
         entries[path] = fingerprint(files[path])
-        sync_to_disk(files[path])
 
-    in_parallel(seal_file, files, at_once=os.cpu_count() or 1)
+    # The disk writes while the processor hashes, and takes many small files in one go.
+    with ThreadPoolExecutor(max_workers=SYNCS_AT_ONCE, thread_name_prefix="sync") as disk:
+        synced = [disk.submit(sync_to_disk, file) for file in files.values()]
+        in_parallel(hash_file, files, at_once=os.cpu_count() or 1)
+        for one in synced:
+            one.result()
     for parent, _, _ in os.walk(folder, topdown=False):
         if parent != str(folder) and not any(Path(parent).iterdir()):
             Path(parent).rmdir()
@@ -52,9 +58,9 @@ def fingerprint(file: Path) -> FileEntry:
     size_bytes = file.stat().st_size
     if size_bytes <= PIECE_BYTES:
         return FileEntry(sha256=digest_file(file), size_bytes=size_bytes)
-    whole = hashlib.sha256()
-    pieces: list[str] = []
     with file.open("rb") as stream, ThreadPoolExecutor(max_workers=1) as beside:
+        whole = hashlib.sha256(stream.read(PIECE_BYTES))
+        pieces = [whole.hexdigest()]
         while chunk := stream.read(PIECE_BYTES):
             # hashlib lets go of the interpreter lock: the piece is hashed on another core meanwhile.
             piece = beside.submit(hashlib.sha256, chunk)

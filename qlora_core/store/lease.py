@@ -154,15 +154,17 @@ class Leases:
             return None
         if lease.state == "committed" and lease.manifest is not None:
             finish(self._backend, lease.manifest)
-        elif lease.state != "free":
-            if not self._is_dead(name, record, lease):
-                self.tell(name, f"{lease.holder} is at work on {name} since {lease.since:%H:%M:%S} UTC; waiting")
-                return None
-            where = self._backend.location
-            logger.warning("%s: %s died or went silent; taking over its lease of %s", where, lease.holder, name)
+        elif lease.state != "free" and not self._is_dead(name, record, lease):
+            self.tell(name, f"{lease.holder} is at work on {name} since {lease.since:%H:%M:%S} UTC; waiting")
+            return None
         fresh = self._fresh(lease.token + 1, inputs)
         tag = self._backend.replace(lease_name(name), fresh.to_json(), record.tag)
-        return HeldLease(self._backend, name, fresh, tag) if tag else None
+        if tag is None:
+            return None
+        if lease.state != "free":
+            where = self._backend.location
+            logger.warning("%s: %s died or went silent; took over its lease of %s", where, lease.holder, name)
+        return HeldLease(self._backend, name, fresh, tag)
 
     def _parsed(self, name: str, record: Record) -> LeaseRecord | None:
         """The lease; None for an unsound one, which is moved away: its holder, if there is one, has lost it."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from qlora_core.digest import digest_bytes, digest_file
 from qlora_core.errors import CorruptArtifactError, StoreError
 from qlora_core.store.backend import Listed, Record
-from qlora_core.store.contents import in_parallel, list_files
+from qlora_core.store.contents import SYNCS_AT_ONCE, in_parallel, list_files
 from qlora_core.store.disk import (
     NEXT_STEP,
     NO_LINKS,
@@ -152,10 +152,14 @@ class LocalFolder:
 
     def send(self, folder: Path, files: Mapping[str, FileEntry], area: str) -> None:
         """Rename the files into the pool."""
-        for path, entry in files.items():
+
+        def adopt(path: str) -> None:
+            sha256 = files[path].sha256
             # Under the lock, so that nobody who has just seen a spoiled blob moves the sound one away.
-            with self._locked(blob_name(entry.sha256, area)):
-                self._pool.adopt(folder / path, entry.sha256, area)
+            with self._locked(blob_name(sha256, area)):
+                self._pool.adopt(folder / path, sha256, area)
+
+        in_parallel(adopt, files, at_once=SYNCS_AT_ONCE)
 
     def fetch(self, entries: Iterable[FileEntry], area: str) -> None:
         """Compare the blobs with their entries; they are here already."""
@@ -231,16 +235,18 @@ class LocalFolder:
         while True:
             seen = _identity(path)
             fault = self._pool.fault(entry, area)
-            if fault is None or seen is None or _is_its_name(path):
-                return fault
+            if fault is None:
+                return None
+            is_its_name = _is_its_name(path)
             try:
                 with self._locked(name):
-                    if _identity(path) == seen:
+                    if _identity(path) != seen:
+                        continue  # another process has seen to it meanwhile
+                    if not is_its_name:
                         self.set_aside(name)
-                        return fault
             except StoreError as error:
                 logger.warning("%s is not moved to quarantine: %s", path, error)
-                return fault
+            return fault
 
     @contextlib.contextmanager
     def _written(self, name: str, data: bytes) -> Iterator[Path]:

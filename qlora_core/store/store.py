@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-from qlora_core.errors import ConfigError, CorruptArtifactError, LeaseLostError, StoreError
+from qlora_core.errors import ConfigError, CorruptArtifactError, LeaseLostError, StoreError, StoreUnavailableError
 from qlora_core.store.artifact import Artifact, StageKey
 from qlora_core.store.backend import Backend, Record
 from qlora_core.store.contents import seal
@@ -75,8 +75,8 @@ class Store:
                 return self._open(parse_manifest(record.data, address))
             except CorruptArtifactError as fault:
                 # If it was changed by now, a producer may have put a sound one in its place.
-                if self.set_aside(address, record):
-                    logger.warning("%s: corrupt artifact, a miss from now on: %s", self.location, fault)
+                if self._is_out_of_the_way(address, record):
+                    logger.warning("%s: corrupt artifact, a miss: %s", self.location, fault)
                     return None
         raise StoreError(f"{self.location}: {address} changes faster than it can be read; run the same command again")
 
@@ -152,6 +152,16 @@ class Store:
             f"{self.location}: {manifest.address} is taken by an artifact that cannot be read, {_ATTEMPTS} times in a "
             "row; look at the store's disk, then run the same command again"
         )
+
+    def _is_out_of_the_way(self, address: str, record: Record) -> bool:
+        """Set a corrupt artifact aside; one that cannot be moved, as on a read-only disk, is a miss where it lies."""
+        try:
+            return self.set_aside(address, record)
+        except StoreUnavailableError:
+            raise
+        except StoreError as error:
+            logger.warning("%s is not moved to quarantine: %s", address, error)
+            return True
 
     def set_aside(self, address: str, record: Record) -> bool:
         """Move a manifest to quarantine: its artifact becomes a miss. False if it was changed or removed meanwhile."""

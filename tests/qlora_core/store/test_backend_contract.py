@@ -164,6 +164,7 @@ def test_range_of_a_spoiled_or_missing_blob_is_refused(place: Any, key: StageKey
             place.reader().backend.read_range(entry, 0, 10, BLOBS)
 
 
+@pytest.mark.parametrize("place", ["folder", "bucket"], indirect=True)
 def test_long_file_is_verified_piece_by_piece(place: Any, key: StageKey) -> None:
     content = bytearray(random.Random(7).randbytes(1 << 16) * (PIECE_BYTES >> 16)) + b"and a bit"
 

@@ -16,7 +16,10 @@ from safetensors.numpy import save_file
 from qlora_core.errors import ConfigError, StoreError, StoreUnavailableError
 from qlora_core.store.artifact import Artifact, StageKey
 from qlora_core.store.layout import BLOBS, blob_name
-from qlora_core.store.store import open_store
+from qlora_core.store.local import LocalFolder
+from qlora_core.store.manifest import FileEntry
+from qlora_core.store.pool import BlobPool
+from qlora_core.store.store import Store, open_store
 
 Build = Callable[[Path], None]
 SWEEP_KEY = StageKey("sweep", "1", {}, {})
@@ -71,6 +74,52 @@ def test_many_readers_of_a_corrupt_artifact_never_lose_the_mended_one(
     quarantined = [path for path in (tmp_path / "v1" / "quarantine").rglob("*") if path.is_file()]
     assert len(quarantined) == 2
     assert open_store(str(tmp_path), tmp_path).get(key) is not None
+
+
+class MendedMeanwhile(BlobPool):
+    """A pool in which a producer puts a sound blob where a reader has just seen a spoiled one."""
+
+    sound: bytes | None = None
+
+    def fault(self, entry: FileEntry, area: str = BLOBS) -> str | None:
+        fault = super().fault(entry, area)
+        if fault and self.sound is not None:
+            incoming = self.path(entry.sha256).with_name("incoming")
+            incoming.write_bytes(self.sound)
+            self.sound = None
+            self.adopt(incoming, entry.sha256)
+        return fault
+
+
+def test_blob_that_was_mended_while_it_was_looked_at_is_not_moved_away(
+    tmp_path: Path, key: StageKey, build: Build
+) -> None:
+    pool = MendedMeanwhile(tmp_path)
+    store = Store(LocalFolder(tmp_path, pool))
+    artifact, _ = store.get_or_build(key, build)
+    blob = blob_path(tmp_path, artifact, "config.json")
+    pool.sound = blob.read_bytes()
+    blob.unlink()
+    blob.write_text("changed")
+    assert store.get(key) is not None
+    assert not (tmp_path / "v1" / "quarantine").exists()
+
+
+def test_records_of_one_folder_come_and_go_at_once(tmp_path: Path) -> None:
+    def come_and_go(number: int) -> bool:
+        backend = LocalFolder(tmp_path)
+        return all(
+            backend.create(f"v1/pin/{number}.json", b"{}") and backend.remove(f"v1/pin/{number}.json")
+            for _ in range(25)
+        )
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(come_and_go, range(6)))
+
+
+def test_file_that_vanished_before_it_was_taken_over_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="No such file"):
+        BlobPool(tmp_path).adopt(tmp_path / "gone", "a" * 64)
 
 
 def test_artifact_without_its_manifest_is_a_miss_and_its_blobs_serve_again(
@@ -323,3 +372,5 @@ def test_corrupt_artifact_in_a_read_only_store_is_named_and_a_miss(
         assert store.get(key) is None
         assert f"config.json (blob {blob.name}): expected sha256" in caplog.text
         assert "Read-only file system" in caplog.text
+        with pytest.raises(StoreError, match=r"Read-only.*mount it writable"):
+            store.get_or_build(key, build)

@@ -17,7 +17,7 @@ from pathlib import Path
 from forks import fork, kill, status_of
 from samples import builder_of, fault_of, files_of, key_of, lease_state, left_over, opened
 
-SIZE_BYTES = 300_000
+SIZE_BYTES = 100_000
 
 
 class Killer:
@@ -85,8 +85,8 @@ def write_naively(folder: Path, version: int) -> None:
         digests[path] = hashlib.sha256(content).hexdigest()
         (folder / path).parent.mkdir(exist_ok=True)
         with (folder / path).open("wb", buffering=0) as stream:
-            for start in range(0, len(content), 4096):
-                stream.write(content[start : start + 4096])
+            for start in range(0, len(content), 256):
+                stream.write(content[start : start + 256])
     (folder / "manifest.json").write_text(json.dumps(digests))
 
 
