@@ -1,10 +1,12 @@
 """The `evaluate` section: how the best trial is measured against the base model."""
 
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
-from qlora_core.config.section import Section
+from qlora_core.config.section import SECRET, Section
 
 
 class JudgeConfig(Section):
@@ -24,6 +26,15 @@ class JudgeConfig(Section):
         default=None, ge=0, description="price of a model the price table lacks"
     )
     output_usd_per_million: float | None = Field(default=None, ge=0)
+
+    @field_validator("base_url")
+    @classmethod
+    def _holds_no_secret(cls, url: str | None) -> str | None:
+        # The resolved config is saved with every run, and a password or a key in a query would be saved with it.
+        if url is not None and (urlsplit(url).username or urlsplit(url).query):
+            message = "an address with a user name or a query belongs in OPENAI_BASE_URL, not in a config"
+            raise PydanticCustomError(SECRET, message)
+        return url
 
 
 class EvaluateConfig(Section):

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from qlora_core.config.pipeline import PipelineConfig
-from qlora_core.config.section import Section
+from qlora_core.config.section import SECRET, Section
 from qlora_core.config.yaml_text import Location, parse_document, parse_value
 from qlora_core.errors import ConfigError
 
@@ -94,7 +94,8 @@ def _explain(fault: Any, name: str, lines: Mapping[Location, int], overridden: s
     if fault["type"] == "missing":
         return f"{where}: {dotted}: missing; add it (see `qlora init` for an example)"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should be", "must be")
-    given = "" if isinstance(fault["input"], dict | BaseModel) else f", not {fault['input']!r}"
+    hidden = fault["type"] == SECRET or isinstance(fault["input"], dict | BaseModel)
+    given = "" if hidden else f", not {fault['input']!r}"
     return f"{where}: {dotted}: {message}{given}"
 
 

@@ -2,6 +2,9 @@
 
 from pydantic import BaseModel, ConfigDict
 
+SECRET = "secret"
+"""The type of a fault whose value must not be shown."""
+
 
 class Section(BaseModel):
     """One section of the pipeline config: unknown keys are errors, values never change after loading."""

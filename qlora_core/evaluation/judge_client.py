@@ -88,6 +88,12 @@ def custom_url(config: JudgeConfig, environment: Mapping[str, str]) -> str | Non
     return config.base_url or environment.get(URL_VARIABLE) or None
 
 
+def without_secrets(url: str) -> str:
+    """An address without user name, password or query."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
+
+
 class JudgeClient:
     """Calls one endpoint; safe for several threads.
 
@@ -103,7 +109,7 @@ class JudgeClient:
         url = custom_url(config, environment)
         if url is not None and urlsplit(url).scheme not in ("http", "https"):
             raise JudgeError(
-                f"evaluate.judge.base_url {url!r} is no http(s) address; give one like http://host:8000/v1"
+                f"the judge's address {without_secrets(url)!r} is no http(s) address; give one like http://host:8000/v1"
             )
         if url is None and not self._key:
             raise JudgeError(
@@ -119,10 +125,8 @@ class JudgeClient:
 
     @property
     def shown_url(self) -> str:
-        """The endpoint without user name, password or query: fit for messages, artifacts and cache keys."""
-        parts = urlsplit(self._url)
-        host = parts.hostname or ""
-        return f"{parts.scheme}://{host}{f':{parts.port}' if parts.port else ''}{parts.path}"
+        """The endpoint, fit for messages, artifacts and cache keys."""
+        return without_secrets(self._url)
 
     def close(self) -> None:
         """Close the connections."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_core.digest import digest_files, digest_json
-from qlora_core.evaluation.judge_client import custom_url, resolve_kind
+from qlora_core.evaluation.judge_client import custom_url, resolve_kind, without_secrets
 from qlora_core.pipeline.base_source import BaseModelFiles, is_demo
 from qlora_core.pipeline.job import Job
 from qlora_core.quantization.checkpoint import tokenizer_files
@@ -144,7 +144,8 @@ def _evaluate_key(job: Job, inputs: Manifests) -> StageKey:
     settings["judge"] = {"kind": judge_kind(job)}
     if judge_kind(job) == "openai":
         chosen = judge.model_dump(mode="json", include={"model", "temperature", "max_answer_tokens", "budget_usd"})
-        settings["judge"] |= {**chosen, "endpoint": custom_url(judge, os.environ)}
+        url = custom_url(judge, os.environ)
+        settings["judge"] |= {**chosen, "endpoint": None if url is None else without_secrets(url)}
     digests = {name: inputs[name].digest for name in ("curate", "quantize", "sweep")}
     return StageKey("evaluate", "1", settings, digests)
 

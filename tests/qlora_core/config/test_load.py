@@ -158,6 +158,13 @@ def test_impossible_section_says_why(tmp_path: Path, section: str, told: str) ->
     assert told in message(tmp_path, MINIMAL + section + "\n")
 
 
+def test_password_in_the_judges_address_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    told = message(tmp_path, MINIMAL + "evaluate: {judge: {base_url: 'http://me:hunter2@host/v1'}}\n")
+    assert "evaluate.judge.base_url" in told
+    assert "belongs in OPENAI_BASE_URL" in told
+    assert "hunter2" not in told
+
+
 def test_split_that_leaves_no_training_rows_is_refused(tmp_path: Path) -> None:
     text = "data: {sources: [a], split: {validation: 0.5, test: 0.5}}\nbase: {model: demo}\n"
     assert "leave nothing to train on" in message(tmp_path, text)

@@ -183,5 +183,17 @@ def test_key_of_an_openai_judge_holds_what_changes_its_verdicts(filled: Path) ->
     assert stale(load_config(filled, ["evaluate.judge.kind=openai", "evaluate.judge.timeout_s=1"])) == set()
 
 
+def test_password_of_a_judge_reaches_no_key(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline(load_config(filled, ["evaluate.judge.kind=openai"]))
+    fill(pipeline)
+    keys = []
+    for password in ("hunter2", "changed"):
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://me:{password}@127.0.0.1:1/v1?key={password}")
+        keys += [planned.key for planned in pipeline.plan() if planned.name == "evaluate"]
+    assert keys[0] == keys[1]
+    assert keys[0] is not None
+    assert keys[0].config["judge"]["endpoint"] == "http://127.0.0.1:1/v1"
+
+
 def test_every_field_of_the_config_is_listed() -> None:
     assert set(leaves(PipelineConfig)) - {"store.url"} == set(FIELDS)
