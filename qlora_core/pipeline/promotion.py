@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_core.digest import digest_json
 from qlora_core.pipeline.pipeline import Pipeline, StageResult
@@ -20,6 +20,9 @@ from qlora_core.registry.champion import Champion
 from qlora_core.store.artifact import Artifact, StageKey
 from qlora_core.store.lineage import lineage as lineage_graph
 from qlora_core.store.refs import add_ref
+
+if TYPE_CHECKING:
+    from qlora_core.registry.register import RegistrationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -150,15 +153,25 @@ class Promotion:
             reasons = [*gate.decision["reasons"], already]
             found = {"version": self.champion.version, "aliases": ["champion"], "reasons": reasons}
             return {**found, "verdict": gate.decision["verdict"]}, True
-        config = self.job.config
-        inputs = {name: self.pipeline.run(name).artifact for name in ("curate", "quantize", "sweep", "evaluate")}
-        from qlora_core.registry.register import RegistrationRequest, register_run
+        from qlora_core.registry.register import register_run
 
         logger.info("register: started")
+        config = self.job.config
         # Before there is a version: what one refers to must never be collected, and a spare reference does no harm.
         addresses = [result.artifact.manifest.address for result in self.pipeline.results()]
         add_ref(self.job.store.backend, "model", f"{config.registry.model_name}/{self.run_key}", addresses)
-        request = RegistrationRequest(
+        out = config.work_dir / "registrations" / self.run_key[:16]
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        return register_run(self._request(gate), out), False
+
+    def _request(self, gate: Gate) -> "RegistrationRequest":
+        from qlora_core.registry.register import RegistrationRequest
+
+        config = self.job.config
+        inputs = {name: self.pipeline.run(name).artifact for name in ("curate", "quantize", "sweep", "evaluate")}
+        made_from = {"base_model": config.base.model, "config_digest": self.job.config_digest}
+        return RegistrationRequest(
             tracking_uri=config.tracking_uri,
             model_name=config.registry.model_name,
             experiment=config.registry.experiment,
@@ -169,17 +182,9 @@ class Promotion:
             quantized_folder=inputs["quantize"].path,
             report=gate.report,
             decision=gate.decision,
-            lineage={
-                **lineage(self.job, inputs),
-                "base_model": config.base.model,
-                "config_digest": self.job.config_digest,
-            },
+            lineage={**lineage(self.job, inputs), **made_from},
             run_key=self.run_key,
         )
-        out = config.work_dir / "registrations" / self.run_key[:16]
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
-        return register_run(request, out), False
 
     def row(self, *, cached: bool, seconds: float) -> dict[str, Any]:
         """The registration as a stage, the way the command line and Prefect report stages."""
