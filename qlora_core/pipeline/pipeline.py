@@ -33,8 +33,9 @@ class StageResult:
     artifact: Artifact
 
     def row(self) -> dict[str, Any]:
-        """The stage as the command line and Prefect report it."""
-        return {"name": self.name, "key": self.key, "cached": self.cached, "seconds": round(self.seconds, 3)}
+        """The stage as the command line and Prefect report it: a reference into the store, by key and by content."""
+        reference = {"name": self.name, "key": self.key, "digest": self.artifact.digest}
+        return {**reference, "cached": self.cached, "seconds": round(self.seconds, 3)}
 
 
 @dataclass(frozen=True)
