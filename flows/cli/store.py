@@ -1,29 +1,23 @@
-"""Commands on the artifact store: ls, show, verify, gc, pin, unpin, explain, lineage, export, import."""
+"""Commands on the artifact store: ls, show, verify, gc, explain, lineage, export, import, and those on references."""
 
-import os
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from flows.cli import store_references
 from flows.cli.reporting import JsonOption, Report, reporting
+from flows.cli.store_arguments import (
+    ConfigOption,
+    EncryptionOption,
+    KeyArgument,
+    KmsKeyOption,
+    StoreOption,
+    duration_s,
+    open_store_of,
+)
 
-if TYPE_CHECKING:
-    from qlora_core.store.store import Store
-
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _KEY_SHOWN = 12
-
-StoreOption = Annotated[
-    str | None, typer.Option("--store", metavar="URL", help="A folder or s3://bucket/prefix, instead of --config.")
-]
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="The pipeline config whose store is meant; default: ./pipeline.yaml.")
-]
-KeyArgument = Annotated[
-    str, typer.Argument(help="An artifact's key, or its first 6 digits or more.", metavar="KEY", show_default=False)
-]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,28 +25,6 @@ app = typer.Typer(
     help="Look at the artifact store, keep it small, carry artifacts elsewhere.\n\n"
     "Examples:\n\n  qlora store ls\n\n  qlora store gc --keep-last 5 --older-than 7d --dry-run",
 )
-
-
-def open_store_of(url: str | None, config: Path | None, *, is_new: bool = False) -> "Store":
-    """The store that a command is about: at `url`, or that of a config file."""
-    from qlora_core.config.load import load_config
-    from qlora_core.errors import ConfigError
-    from qlora_core.pipeline.job import Job
-    from qlora_core.store.store import open_store
-
-    default = Path("pipeline.yaml")
-    if url is not None and config is not None:
-        raise ConfigError("--store and --config both say which store is meant; give one of them")
-    if url is None and config is None and not default.is_file():
-        raise ConfigError(
-            f"which store? There is no {default} in {Path.cwd()}: give --store with a folder or s3://bucket/prefix, or "
-            "--config with a pipeline config"
-        )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora"
-    store = Job(load_config(config or default)).store if url is None else open_store(url, cache)
-    if not is_new and not store.location.startswith("s3://") and not (Path(store.location) / "v1").is_dir():
-        raise ConfigError(f"there is no store in {store.location} yet; a run of the pipeline makes it")
-    return store
 
 
 @app.command("ls")
@@ -73,14 +45,18 @@ def list_store(
 
         store = open_store_of(url, config)
         rows, faults = list_artifacts(store)
+        stages = sorted({str(row["stage"]) for row in rows})
         rows = [row for row in rows if stage in (None, row["stage"])]
-        report.data = {"store": store.location, "artifacts": rows, "corrupt": faults}
+        report.data = {"store": store.location, "artifacts": rows, "corrupt": faults, "stages": stages}
         for row in rows:
-            kept = f"  kept by {', '.join(row['kept_by'])}" if row["kept_by"] else ""
+            kept = f"  kept by {store_references.shortened(', '.join(row['kept_by']))}" if row["kept_by"] else ""
             report.say(f"{_title(row):<34} {_when(row)} {_size(row['size_bytes']):>9} {row['files']:>4} files{kept}")
         for fault in faults.values():
             report.say(f"corrupt: {fault}")
-        report.say(f"{len(rows)} artifacts in {store.location}")
+        of = f" of stage {stage}" if stage else ""
+        report.say(f"{len(rows)} artifacts{of} in {store.location}")
+        if stage and not rows:
+            report.say(f"the stages there are: {', '.join(stages) or 'none'}")
 
 
 @app.command()
@@ -106,6 +82,8 @@ def show(key: KeyArgument, url: StoreOption = None, config: ConfigOption = None,
         _say_table(report, "config", shown["config"])
         report.say(f"kept by: {', '.join(shown['kept_by']) or 'nothing'}")
         report.say(f"used by: {', '.join(shown['used_by']) or 'nothing'}")
+        for fault in shown["corrupt"].values():
+            report.say(f"corrupt, and it may keep this too: {fault}")
 
 
 @app.command()
@@ -113,9 +91,11 @@ def verify(
     repair: Annotated[bool, typer.Option("--repair", help="Move what is broken to quarantine.")] = False,
     url: StoreOption = None,
     config: ConfigOption = None,
+    encryption: EncryptionOption = None,
+    kms_key_id: KmsKeyOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Read everything at the place itself and name each blob that is corrupt or missing. Exit code 1 if there is one.
+    """Read everything at the place itself and name what is corrupt or missing. Exit code 1 if there is something.
 
     Example:
 
@@ -124,22 +104,27 @@ def verify(
     with reporting(json) as report:
         from qlora_core.store.verification import verify as verify_store
 
-        store = open_store_of(url, config)
+        store = open_store_of(url, config, encryption=encryption, kms_key_id=kms_key_id)
         found = verify_store(store, repair=repair)
         report.data = found.to_json()
         for blob in found.broken:
             report.say(blob.fault)
             for manifest, path in blob.files:
                 report.say(f"  breaks {path} of {manifest.stage} {manifest.key[:_KEY_SHOWN]}")
-        for fault in found.manifests.values():
+        for fault in [*found.manifests.values(), *found.records.values()]:
             report.say(fault)
+        for address, names in found.missing.items():
+            report.say(store_references.shortened(f"{address} is not there, though {', '.join(names)} names it"))
         report.say(f"read {found.artifacts} artifacts, {found.blobs} blobs, {_size(found.size_bytes)}")
         report.say(f"{found.orphans} blobs, {_size(found.orphan_bytes)}, belong to no artifact")
-        if not found.ok and repair:
-            report.say("what is broken was moved to quarantine: the next run builds it anew")
-        elif not found.ok:
+        if found.set_aside:
             report.say(
-                "broken; `qlora store verify --repair` moves it to quarantine, so that the next run builds it anew"
+                f"moved {len(found.set_aside)} things to quarantine: the next run makes anew what it needs of them"
+            )
+        elif not found.ok and not repair:
+            report.say(
+                "broken; `qlora store verify --repair` moves all but pins and references to quarantine, so that the "
+                "next run makes anew what it needs"
             )
         report.exit_code = 0 if found.ok else 1
 
@@ -148,28 +133,40 @@ def verify(
 def gc(
     keep_last: Annotated[int, typer.Option(min=0, help="Newest artifacts of each stage to keep.")] = 5,
     older_than: Annotated[str, typer.Option(metavar="TIME", help="Keep what is younger: 30m, 12h, 7d.")] = "7d",
+    drop_work_older_than: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="Drop checkpoints of sweeps that were left alone for so long; default: never."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
     url: StoreOption = None,
     config: ConfigOption = None,
+    encryption: EncryptionOption = None,
+    kms_key_id: KmsKeyOption = None,
     json: JsonOption = False,
 ) -> None:
     """Remove what nothing keeps: no pin, model version, running stage or unfinished sweep, and not its age.
 
-    Whatever a kept artifact was made from is kept too. Runs may go on meanwhile. It may be interrupted at any time;
-    the next one finishes.
+    Whatever a kept artifact was made from is kept too. Checkpoints of unfinished sweeps are kept whatever their age,
+    unless --drop-work-older-than is given. Runs may go on meanwhile. It may be interrupted at any time; the next one
+    finishes.
 
     Examples:
 
       qlora store gc --dry-run
 
       qlora store gc --keep-last 5 --older-than 7d --store s3://bucket/prefix
+
+      qlora store gc --drop-work-older-than 60d
     """
     with reporting(json) as report:
         from qlora_core.store.gc import collect
 
         older_than_s = duration_s(older_than)
-        store = open_store_of(url, config)
-        done = collect(store, keep_last=keep_last, older_than_s=older_than_s, dry_run=dry_run)
+        more = {} if drop_work_older_than is None else {"drop_work_older_than_s": duration_s(drop_work_older_than)}
+        store = open_store_of(url, config, encryption=encryption, kms_key_id=kms_key_id)
+        done = collect(store, keep_last=keep_last, older_than_s=older_than_s, dry_run=dry_run, **more)
         report.data = done.to_json()
         for row in done.artifacts:
             report.say(f"{_title(row):<34} {_when(row)} {_size(row['size_bytes']):>9}")
@@ -182,63 +179,25 @@ def gc(
         report.say(f"kept {done.kept} artifacts, and {done.young_blobs} blobs that are young and nobody's yet")
 
 
-@app.command()
-def pin(
-    keys: Annotated[list[str], typer.Argument(help="Keys, or their first digits.", metavar="KEY...")],
-    name: Annotated[str, typer.Option("--name", help="What the pin is called.", show_default=False)],
-    note: Annotated[str, typer.Option("--note", help="Why; kept with it.")] = "",
-    url: StoreOption = None,
-    config: ConfigOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Keep artifacts, and all that they were made from, until they are unpinned.
-
-    Example:
-
-      qlora store pin 3f2a9c --name audit-2026 --note "what the report of May quotes"
-    """
-    with reporting(json) as report:
-        from qlora_core.store.catalog import find_address
-        from qlora_core.store.refs import add_pin
-
-        store = open_store_of(url, config)
-        pinned = add_pin(store.backend, name, [find_address(store.backend, key) for key in keys], note)
-        report.data = pinned.model_dump(mode="json")
-        report.say(f"pin {name} keeps {', '.join(pinned.addresses)}")
-
-
-@app.command()
-def unpin(
-    name: Annotated[str, typer.Argument(help="What the pin is called.", show_default=False)],
-    url: StoreOption = None,
-    config: ConfigOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Take a pin away. What it kept stays until the next collection.
-
-    Example:
-
-      qlora store unpin audit-2026
-    """
-    with reporting(json) as report:
-        from qlora_core.store.refs import remove_pin
-
-        remove_pin(open_store_of(url, config).backend, name)
-        report.data = {"name": name}
-        report.say(f"took pin {name} away")
+for reference_command in (store_references.pin, store_references.unpin, store_references.refs, store_references.unref):
+    app.command()(reference_command)
 
 
 @app.command()
 def explain(
     key: KeyArgument,
     against: Annotated[
-        str | None, typer.Option(metavar="KEY", help="What to compare with; default: the one before it.")
+        str | None,
+        typer.Option(metavar="KEY", help="What to compare with; default: the nearest earlier one."),
     ] = None,
     url: StoreOption = None,
     config: ConfigOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Why an artifact was built and not taken from the store: what differs from the last one of its stage.
+    """Why an artifact was built and not taken from the store: what differs from an earlier one of its stage.
+
+    By default that is the one that differs least from it, the newest among equals: a shared store holds those of other
+    projects too.
 
     Examples:
 
@@ -294,6 +253,7 @@ def export_tar(
     key: KeyArgument,
     file: Annotated[Path, typer.Argument(help="The tar file to write.", show_default=False)],
     with_inputs: Annotated[bool, typer.Option("--with-inputs", help="And all that it was made from.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if there is one.")] = False,
     url: StoreOption = None,
     config: ConfigOption = None,
     json: JsonOption = False,
@@ -309,7 +269,8 @@ def export_tar(
         from qlora_core.store.exchange import export_artifacts
 
         store = open_store_of(url, config)
-        done = export_artifacts(store, find_address(store.backend, key), file, with_inputs=with_inputs)
+        address = find_address(store.backend, key)
+        done = export_artifacts(store, address, file, with_inputs=with_inputs, force=force)
         report.data = done
         report.say(f"wrote {len(done['artifacts'])} artifacts, {_size(done['size_bytes'])}, to {file}")
 
@@ -319,6 +280,8 @@ def import_tar(
     file: Annotated[Path, typer.Argument(help="A file that export wrote.", show_default=False)],
     url: StoreOption = None,
     config: ConfigOption = None,
+    encryption: EncryptionOption = None,
+    kms_key_id: KmsKeyOption = None,
     json: JsonOption = False,
 ) -> None:
     """Publish the artifacts in a file, after verifying all of it; what is there already is skipped.
@@ -330,23 +293,13 @@ def import_tar(
     with reporting(json) as report:
         from qlora_core.store.exchange import import_artifacts
 
-        store = open_store_of(url, config, is_new=True)
+        store = open_store_of(url, config, is_new=True, encryption=encryption, kms_key_id=kms_key_id)
         done = import_artifacts(store, file)
         report.data = done
         for name in done["imported"]:
             report.say(f"imported {name}")
         for name in done["skipped"]:
             report.say(f"{name} is there already")
-
-
-def duration_s(text: str) -> float:
-    """Seconds in "30m", "12h", "7d" or "0s". Raises ConfigError for anything else."""
-    from qlora_core.errors import ConfigError
-
-    told = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
-    if told is None:
-        raise ConfigError(f"{text!r} is no length of time: a number and s, m, h, d or w, such as 30m, 12h, 7d or 0s")
-    return float(told[1]) * _SECONDS[told[2]]
 
 
 def _say_table(report: Report, title: str, cells: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from qlora_core.store.manifest import FileEntry
+from qlora_core.errors import StoreError
+from qlora_core.store.manifest import FileEntry, inside_path
 from qlora_core.store.pool import BlobPool
 
 
@@ -35,8 +36,30 @@ class Listed:
     modified: datetime
 
 
+def is_name(text: str) -> bool:
+    """Whether a name read from outside leads to something inside the store."""
+    try:
+        inside_path(text)
+    except ValueError:
+        return False
+    return True
+
+
+def checked_name(name: str) -> str:
+    """`name`, if it leads to something inside the store. Raises StoreError for any other."""
+    if not is_name(name):
+        raise StoreError(
+            f"{name!r} is no name in a store: relative, with /, without . or .. or odd characters; remove what has "
+            "that name with the tools of the place itself"
+        )
+    return name
+
+
 class Backend(Protocol):
-    """A place for records and blobs. Failures are StoreError with a next step; outages StoreUnavailableError."""
+    """A place for records and blobs. Failures are StoreError with a next step; outages StoreUnavailableError.
+
+    A name that would lead out of the store is refused with StoreError, and left out of listings.
+    """
 
     @property
     def location(self) -> str:
@@ -46,6 +69,11 @@ class Backend(Protocol):
     @property
     def pool(self) -> BlobPool:
         """The blobs of this place that are on this machine, and the folders made of them."""
+        ...
+
+    @property
+    def pool_is_copies(self) -> bool:
+        """Whether the pool holds copies of what is kept elsewhere, so that nothing is lost with them."""
         ...
 
     def read(self, name: str) -> Record | None:

@@ -29,6 +29,9 @@ NEXT_STEP = "look at that disk, or point `store` at another folder"
 NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
 _LOCK_WAIT_S = 30.0
 _LOCK_POLL_S = 0.01
+# Others may remove a folder just as often as it is made, but not for ever.
+_FOLDER_WAIT_S = 2.0
+_FOLDER_POLL_S = 0.001
 
 
 @contextmanager
@@ -54,11 +57,13 @@ def write_synced(path: Path, data: bytes) -> None:
 
 def make_folder(path: Path, *, durable: bool = True) -> None:
     """Make a folder and those above it, each on disk in the one above it. Others may remove empty ones meanwhile."""
+    deadline = time.monotonic() + _FOLDER_WAIT_S
     while not path.is_dir():
         make_folder(path.parent, durable=durable)
         try:
             path.mkdir()
         except FileNotFoundError:
+            _pause_before(deadline, path)
             continue
         except FileExistsError:
             if path.is_dir() or not os.path.lexists(path):
@@ -70,6 +75,7 @@ def make_folder(path: Path, *, durable: bool = True) -> None:
 
 def put(source: Path, target: Path, move: Callable[[Path, Path], object], *, durable: bool = True) -> None:
     """`move(source, target)`; the target's folder is made first, and again if a removal took it meanwhile."""
+    deadline = time.monotonic() + _FOLDER_WAIT_S
     while True:
         make_folder(target.parent, durable=durable)
         try:
@@ -77,8 +83,19 @@ def put(source: Path, target: Path, move: Callable[[Path, Path], object], *, dur
         except FileNotFoundError:
             if not source.exists():
                 raise
+            _pause_before(deadline, target.parent)
         else:
             return
+
+
+def _pause_before(deadline: float, folder: Path) -> None:
+    """Wait a little before a folder is made again; StoreError once that has gone on for too long."""
+    if time.monotonic() > deadline:
+        raise StoreError(
+            f"cannot make the folder {folder}: it is not there again and again, for {_FOLDER_WAIT_S:.0f} s; this file "
+            f"system takes no folders there, or somebody removes them all the time; {NEXT_STEP}"
+        )
+    time.sleep(_FOLDER_POLL_S)
 
 
 def sync_entry(path: Path) -> None:

@@ -4,17 +4,18 @@ What comes in is believed in nothing: names, digests, sizes and pieces are verif
 one thing it cannot tell is whether files are what their manifest says made them: import what people you trust exported.
 """
 
+import errno
 import hashlib
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qlora_core.errors import CorruptArtifactError, StoreError
+from qlora_core.errors import ConfigError, CorruptArtifactError, StoreError
 from qlora_core.progress import progress_bar
 from qlora_core.store.artifact import Artifact
 from qlora_core.store.catalog import read_catalog
@@ -29,13 +30,23 @@ from qlora_core.store.tar import TarReader, TarWriter
 _BLOB = re.compile(rf"{BLOBS}/([0-9a-f]{{2}})/(\1[0-9a-f]{{62}})")
 _MANIFEST = re.compile(rf"({STAGES}/{STAGE_NAME}/[0-9a-f]{{64}})/{re.escape(MANIFEST_FILE)}")
 _LARGEST_MANIFEST = 64 << 20
+_WRONG_PATHS = {
+    errno.ENOENT: "look at the path, or make the folder first",
+    errno.ENOTDIR: "a file stands where a folder is needed: give another path",
+    errno.EISDIR: "it is a folder: give the path of a file",
+}
 
 
-def export_artifacts(store: Store, address: str, file: Path, *, with_inputs: bool = False) -> dict[str, Any]:
+def export_artifacts(
+    store: Store, address: str, file: Path, *, with_inputs: bool = False, force: bool = False
+) -> dict[str, Any]:
     """Write an artifact, with what it was made from if asked, to `file`: whole or not at all, equal bytes each time.
 
-    Every blob is verified on the way. Raises CorruptArtifactError for one that does not match.
+    Every blob is verified on the way. Raises CorruptArtifactError for one that does not match, ConfigError for a path
+    that cannot be written to, or is there already unless `force` replaces it.
     """
+    if not force and os.path.lexists(file):
+        raise _taken(file)
     addresses = [address]
     if with_inputs:
         addresses = sorted({address, *read_catalog(store.backend).with_inputs([address])})
@@ -46,13 +57,13 @@ def export_artifacts(store: Store, address: str, file: Path, *, with_inputs: boo
         for path, entry in artifact.manifest.files.items()
     }
     fresh = file.with_name(f".{file.name}.{secrets.token_hex(6)}.part")
-    with named_os_errors("write", file):
+    with _path_errors("write", file):
         try:
             with fresh.open("xb") as stream:
                 _write(stream, artifacts, blobs)
                 stream.flush()
                 os.fsync(stream.fileno())
-            fresh.replace(file)
+            _put(fresh, file, force=force)
             sync_to_disk(file.parent)
         finally:
             fresh.unlink(missing_ok=True)
@@ -67,11 +78,16 @@ def export_artifacts(store: Store, address: str, file: Path, *, with_inputs: boo
 def import_artifacts(store: Store, file: Path) -> dict[str, Any]:
     """Publish the artifacts in `file`, once all of it is verified; those that are there already are skipped.
 
-    Raises StoreError for a file that is no export or a damaged one, naming what is wrong; then nothing is published.
+    Raises StoreError for a file that is no export or a damaged one, naming what is wrong, and ConfigError where there
+    is no such file; then nothing is published.
     """
-    with store.backend.staging() as stage:
-        with named_os_errors("read", file):
-            incoming = _Incoming(file, stage / "blob")
+    with ExitStack() as opened:
+        with _path_errors("read", file):
+            stream = opened.enter_context(file.open("rb"))
+        # After the file: a wrong path leaves nothing in a store, nor makes one.
+        stage = opened.enter_context(store.backend.staging())
+        with named_os_errors(f"unpack {file} into", stage):
+            incoming = _Incoming(file, stream, stage / "blob")
         found: list[tuple[Manifest, Path]] = []
         for number, manifest in enumerate(incoming.manifests):
             found.append((manifest, stage / f"artifact-{number}"))
@@ -80,6 +96,39 @@ def import_artifacts(store: Store, file: Path) -> dict[str, Any]:
         published = _publish(store, found)
     skipped = [manifest for manifest, _ in found if manifest not in published]
     return {"imported": [_name(each) for each in published], "skipped": [_name(each) for each in skipped]}
+
+
+@contextmanager
+def _path_errors(action: str, file: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into the path, the cause and the next step; ConfigError: a wrong path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            # Not the operating system's: our own errors, and those of network libraries.
+            raise
+        told = f"cannot {action} {file}: {error.strerror or error}"
+        if error.errno in _WRONG_PATHS:
+            raise ConfigError(f"{told}; {_WRONG_PATHS[error.errno]}") from error
+        raise StoreError(f"{told}; look at that disk and its permissions, or give another path") from error
+
+
+def _taken(file: Path) -> ConfigError:
+    return ConfigError(f"{file} is there already; give another name, or --force to replace it")
+
+
+def _put(fresh: Path, file: Path, *, force: bool) -> None:
+    if not force:
+        try:
+            os.link(fresh, file)  # refuses a file that somebody has put there meanwhile
+        except FileExistsError as error:
+            raise _taken(file) from error
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+        else:
+            return
+    fresh.replace(file)
 
 
 def _open(store: Store, address: str) -> Artifact:
@@ -108,13 +157,13 @@ def _write(stream: BinaryIO, artifacts: Iterable[Artifact], blobs: dict[str, tup
 class _Incoming:
     """A tar file's manifests, and its blobs as files in a staging folder. Each is known to be what its name says."""
 
-    def __init__(self, file: Path, folder: Path) -> None:
+    def __init__(self, file: Path, stream: BinaryIO, folder: Path) -> None:
         self._file = file
         self._folder = folder
         self._seen: set[str] = set()
         found: list[Manifest] = []
         folder.mkdir()
-        with file.open("rb") as stream, progress_bar("importing", file.stat().st_size) as advance:
+        with progress_bar("importing", os.fstat(stream.fileno()).st_size) as advance:
             tar = TarReader(stream, file)
             for name, size_bytes in tar:
                 if blob := _BLOB.fullmatch(name):
@@ -206,6 +255,7 @@ def _publish(store: Store, found: Iterable[tuple[Manifest, Path]]) -> list[Manif
         for manifest, _, lease in held:
             lease.commit()
             finish(store.backend, manifest)
+            lease.done()
     return [manifest for manifest, _, _ in held]
 
 

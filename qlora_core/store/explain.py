@@ -21,14 +21,17 @@ _SHORT = 12
 
 
 def explain(store: Store, address: str, against: str | None = None) -> dict[str, Any]:
-    """Why the artifact at `address` is not the one at `against`, by default the newest earlier one of its stage.
+    """Why the artifact at `address` is not the one at `against`.
+
+    By default that is the earlier one of its stage that differs from it in the fewest things, the newest among equals:
+    the newest of all may be another project's, where several share a store.
 
     `version`, `config` and `inputs` list what differs, each with `old` and `new`; an input that is an artifact has
     under `because` why that one differs. `set_aside` names what of this artifact was once found corrupt.
     """
     catalog = read_catalog(store.backend)
     new = _manifest(catalog, store, address)
-    old = _manifest(catalog, store, against) if against else _earlier(catalog, new)
+    old = _manifest(catalog, store, against) if against else _nearest(catalog, new)
     if old is not None and old.stage != new.stage:
         raise ConfigError(f"{new.stage} {new.key[:_SHORT]} cannot be compared with {old.stage} {old.key[:_SHORT]}")
     difference = {} if old is None else _difference(catalog, new, old, frozenset())
@@ -36,7 +39,7 @@ def explain(store: Store, address: str, against: str | None = None) -> dict[str,
         "stage": new.stage,
         "key": new.key,
         "created": new.created.isoformat(),
-        "against": None if old is None else {"key": old.key, "created": old.created.isoformat()},
+        "against": None if old is None else _chosen(catalog, new, old, is_given=against is not None),
         **{"version": None, "config": [], "inputs": [], **difference},
         "set_aside": _set_aside(store.backend, new),
     }
@@ -48,7 +51,7 @@ def explain_lines(explained: Mapping[str, Any]) -> list[str]:
     if explained["against"] is None:
         lines = [f"{head} is the first of its stage here: there is nothing to compare it with"]
     else:
-        lines = [f"{head} differs from {explained['against']['key'][:_SHORT]} in", *_lines(explained)]
+        lines = [f"{head} differs from {_compared_with(explained['against'])} in", *_lines(explained)]
     for name in explained["set_aside"]:
         lines.append(f"was found corrupt once, and set aside: {name}")
     return lines
@@ -71,10 +74,31 @@ def _manifest(catalog: Catalog, store: Store, address: str) -> Manifest:
     return catalog.entries[address].manifest
 
 
-def _earlier(catalog: Catalog, new: Manifest) -> Manifest | None:
+def _earlier(catalog: Catalog, new: Manifest) -> list[Manifest]:
+    """The earlier ones of its stage, the newest first."""
     own = age_order(catalog.entries[new.address])
-    earlier = [e for e in catalog.newest_first if e.manifest.stage == new.stage and age_order(e) < own]
-    return earlier[0].manifest if earlier else None
+    return [e.manifest for e in catalog.newest_first if e.manifest.stage == new.stage and age_order(e) < own]
+
+
+def _nearest(catalog: Catalog, new: Manifest) -> Manifest | None:
+    return min(_earlier(catalog, new), key=lambda old: _distance(new, old), default=None)
+
+
+def _distance(new: Manifest, old: Manifest) -> int:
+    """In how many settings and inputs two artifacts differ; an input that has only one of them counts too."""
+    inputs = sum(old.inputs.get(name) != new.inputs.get(name) for name in {*old.inputs, *new.inputs})
+    return inputs + sum(1 for _ in _config_changes(old.config, new.config, "")) + (old.version != new.version)
+
+
+def _chosen(catalog: Catalog, new: Manifest, old: Manifest, *, is_given: bool) -> dict[str, Any]:
+    found = {"key": old.key, "created": old.created.isoformat()}
+    return found if is_given else {**found, "nearest_of": len(_earlier(catalog, new))}
+
+
+def _compared_with(against: Mapping[str, Any]) -> str:
+    key = f"{against['key'][:_SHORT]} of {against['created'][:16].replace('T', ' ')}"
+    earlier = against.get("nearest_of", 0)
+    return f"{key}, the nearest of {earlier} earlier ones (--against KEY for another)," if earlier > 1 else key
 
 
 def _difference(catalog: Catalog, new: Manifest, old: Manifest, above: frozenset[str]) -> dict[str, Any]:

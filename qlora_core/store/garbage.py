@@ -2,14 +2,15 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from qlora_core.store.backend import Listed
 from qlora_core.store.catalog import Catalog, Entry, age_order
 from qlora_core.store.layout import BLOBS, QUARANTINE, VERSION
-from qlora_core.store.roots import Root, SeenLease, StoredWork, age_s, standing_roots
+from qlora_core.store.refs import Ref
+from qlora_core.store.roots import Root, SeenLease, StoredWork, age_s, missing_targets, standing_roots
 from qlora_core.store.store import Store
 
 _SHORTEST_LEFTOVER_AGE_S = 3600.0
@@ -18,15 +19,22 @@ _BLOB = re.compile(rf"{BLOBS}/[0-9a-f]{{2}}/[0-9a-f]{{64}}")
 
 @dataclass(frozen=True)
 class Policy:
-    """What stays for its own sake: the newest of every stage, and everything young."""
+    """What stays for its own sake: the newest of every stage, everything young, and unfinished work.
+
+    Unfinished work goes only where `drop_work_older_than_s` says from which age on.
+    """
 
     keep_last: int
     older_than_s: float
+    drop_work_older_than_s: float | None = None
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """What may go, and what has to stay though nothing refers to it yet."""
+    """What may go, and what has to stay though nothing refers to it yet.
+
+    `missing` are the artifacts that pins and refs name and that are not there, with who names each.
+    """
 
     artifacts: list[Entry]
     blobs: list[Listed]
@@ -35,6 +43,7 @@ class Garbage:
     leftovers: list[Listed]
     kept: frozenset[str]
     young_blobs: int
+    missing: dict[str, list[str]]
 
 
 def find_garbage(
@@ -42,16 +51,17 @@ def find_garbage(
     catalog: Catalog,
     leases: Iterable[SeenLease],
     work: Iterable[StoredWork],
+    refs: Sequence[Ref],
     policy: Policy,
     now: datetime,
 ) -> Garbage:
-    """Everything in the store that no root keeps. The leases must have been read before the catalog."""
+    """Everything in the store that no root keeps. The leases and refs must have been read before the catalog."""
     live = {seen.name for seen in leases if seen.live}
     unneeded: list[StoredWork] = []
     needed: list[StoredWork] = []
     for piece in work:
         (needed if _is_needed(piece, live, catalog, policy, now) else unneeded).append(piece)
-    roots = [*standing_roots(store, leases, needed), *_own_roots(catalog, policy, now)]
+    roots = [*standing_roots(store, leases, needed, refs), *_own_roots(catalog, policy, now)]
     kept = frozenset().union(*(root.kept_in(catalog) for root in roots))
     referenced = {sha256 for root in roots for sha256 in root.blobs}
     referenced |= {file.sha256 for address in kept for file in catalog.entries[address].manifest.files.values()}
@@ -69,6 +79,7 @@ def find_garbage(
         leftovers=_leftovers(store, policy, now),
         kept=kept,
         young_blobs=len(orphans) - len(old),
+        missing=missing_targets(refs, catalog.entries),
     )
 
 
@@ -95,7 +106,8 @@ def _is_needed(piece: StoredWork, live: set[str], catalog: Catalog, policy: Poli
         return True
     if f"{VERSION}/{piece.snapshot.lease}" in catalog.entries:
         return False
-    return piece.age_s(now) < policy.older_than_s
+    # Unfinished, and nobody at it: it may be taken up again, after whatever time.
+    return policy.drop_work_older_than_s is None or piece.age_s(now) < policy.drop_work_older_than_s
 
 
 def _stray_views(store: Store, digests: set[str]) -> list[str]:

@@ -21,27 +21,33 @@ after that; and an old artifact that a process on another machine has read, and 
 Either ends in a miss that says so and is built again, never in a wrong result.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
-from qlora_core.errors import CorruptArtifactError, LeaseLostError, StoreError
+from qlora_core.errors import LeaseLostError, StoreError
 from qlora_core.store.catalog import Catalog, Entry, read_catalog
 from qlora_core.store.garbage import Garbage, Policy, find_garbage
-from qlora_core.store.layout import manifest_name
+from qlora_core.store.layout import PINS, REFS, manifest_name
 from qlora_core.store.lease import HeldLease, lease_name
+from qlora_core.store.refs import Ref, list_refs, remedy
 from qlora_core.store.roots import SeenLease, StoredWork, place_time, read_leases, read_work, written_at
 from qlora_core.store.store import GC_LEASE, Store
 from qlora_core.store.sweep import Sweep
 
-Thing = TypeVar("Thing")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class GcReport:
-    """What a collection removed, or with `dry_run` would remove. `artifacts` are the removed ones, newest first."""
+    """What a collection removed, or with `dry_run` would remove. `artifacts` are the removed ones, newest first.
+
+    `missing` says of each artifact that a pin or reference names and that is not there who names it: of such a one
+    nothing is known any more, so nothing of it is kept.
+    """
 
     dry_run: bool
     kept: int
@@ -53,27 +59,37 @@ class GcReport:
     work: int = 0
     leases: int = 0
     leftovers: int = 0
+    missing: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON data."""
-        return {**vars(self), "artifacts": list(self.artifacts)}
+        return {**vars(self), "artifacts": list(self.artifacts), "missing": list(self.missing)}
 
 
-def collect(store: Store, *, keep_last: int, older_than_s: float, dry_run: bool = False) -> GcReport:
+def collect(
+    store: Store,
+    *,
+    keep_last: int,
+    older_than_s: float,
+    drop_work_older_than_s: float | None = None,
+    dry_run: bool = False,
+) -> GcReport:
     """Remove what is kept by no pin, reference, living producer or reader, piece of work, or artifact that stays.
 
     The newest `keep_last` artifacts of each stage stay too, and whatever is younger than `older_than_s` by the clock of
-    the place. Raises StoreError where another collection is at work, or a record that may keep something is unsound.
+    the place. Unfinished work, whose artifact is not there, stays with its inputs whatever its age, unless
+    `drop_work_older_than_s` says from which age on it goes too. Raises StoreError where another collection is at work,
+    or a record that may keep something is unsound.
     """
-    policy = Policy(keep_last, older_than_s)
+    policy = Policy(keep_last, older_than_s, drop_work_older_than_s)
     if dry_run:
         now = place_time(store.backend)
-        leases, work = _readable(store, lambda: (read_leases(store.backend, now), read_work(store.backend)))
-        return _expected(_look(store, leases, work, policy, now), leases)
+        seen = _seen(store, lambda faults: read_leases(store.backend, now, faults=faults))
+        return _expected(_look(store, seen, policy, now), seen.leases)
     with _only_collector(store) as lease:
         now = written_at(store.backend, lease_name(GC_LEASE))
-        leases, work = _readable(store, lambda: (_without_the_dead(store, now), read_work(store.backend)))
-        garbage = _look(store, leases, work, policy, now)
+        seen = _seen(store, lambda faults: _without_the_dead(store, now, faults))
+        garbage = _look(store, seen, policy, now)
         return _swept(Sweep(store, lease), garbage, older_than_s, now)
 
 
@@ -104,32 +120,48 @@ def _retire_silent_collector(store: Store) -> bool:
     return any(not each.live and store.leases.retire(each.name, each.record, each.lease) for each in seen)
 
 
-def _without_the_dead(store: Store, now: datetime) -> list[SeenLease]:
+def _without_the_dead(store: Store, now: datetime, faults: dict[str, str]) -> list[SeenLease]:
     """The leases, once those of dead holders are taken from them."""
-    leases = read_leases(store.backend, now)
+    leases = read_leases(store.backend, now, faults=faults)
     dead = [seen for seen in leases if not seen.live and seen.lease.state != "free"]
     if not dead:
         return leases
     for seen in dead:
         store.leases.retire(seen.name, seen.record, seen.lease)
     # Whatever is not free by now belongs to somebody who showed that he lives.
-    again = read_leases(store.backend, now)
+    again = read_leases(store.backend, now, faults=faults)
     return [replace(seen, live=seen.lease.state != "free") for seen in again]
 
 
-def _readable(store: Store, read: Callable[[], Thing]) -> Thing:
-    try:
-        return read()
-    except CorruptArtifactError as fault:
+@dataclass(frozen=True)
+class _Seen:
+    """What says that something is to be kept. It was read before the catalog."""
+
+    leases: Sequence[SeenLease]
+    work: Sequence[StoredWork]
+    refs: Sequence[Ref]
+
+
+def _seen(store: Store, read_the_leases: Callable[[dict[str, str]], list[SeenLease]]) -> _Seen:
+    """All of it. Raises StoreError where a record cannot be read: what is wrong with it, and which command helps."""
+    faults: dict[str, str] = {}
+    seen = _Seen(read_the_leases(faults), read_work(store.backend, faults), list_refs(store.backend, faults))
+    if faults:
+        told = sorted({_remedy(name) for name in faults})
         raise StoreError(
-            f"{store.location}: {fault}. Nothing is collected while it is not known what this keeps: look at it, move "
-            "it away, then run the same command again"
-        ) from fault
+            f"{store.location}: {'; '.join(faults[name] for name in sorted(faults))}. Nothing is collected while it is "
+            f"not known what this keeps: {'; '.join(told)}; then run the same command again"
+        )
+    return seen
 
 
-def _look(
-    store: Store, leases: Sequence[SeenLease], work: Sequence[StoredWork], policy: Policy, now: datetime
-) -> Garbage:
+def _remedy(record_name: str) -> str:
+    if record_name.startswith((f"{PINS}/", f"{REFS}/")):
+        return remedy(record_name)
+    return "`qlora store verify --repair` moves unsound leases and snapshots to quarantine"
+
+
+def _look(store: Store, found: _Seen, policy: Policy, now: datetime) -> Garbage:
     catalog = read_catalog(store.backend)
     if catalog.faults:
         raise StoreError(
@@ -137,12 +169,22 @@ def _look(
             "this keeps: `qlora store verify --repair` moves damaged manifests to quarantine"
         )
     entries = dict(catalog.entries)
-    for seen in leases:
+    for seen in found.leases:
         # Decided, and not carried out yet: for a collection that only looks, as if it were.
         manifest = seen.lease.manifest if seen.lease.state == "committed" else None
         if manifest is not None and manifest.address not in entries:
             entries[manifest.address] = Entry(manifest, "", now)
-    return _readable(store, lambda: find_garbage(store, Catalog(entries, {}), leases, work, policy, now))
+    garbage = find_garbage(store, Catalog(entries, {}), found.leases, found.work, found.refs, policy, now)
+    for line in _told_missing(garbage):
+        logger.warning("%s: %s", store.location, line)
+    return garbage
+
+
+def _told_missing(garbage: Garbage) -> tuple[str, ...]:
+    return tuple(
+        f"{address} is not there, though {', '.join(names)} names it; nothing of it can be kept"
+        for address, names in sorted(garbage.missing.items())
+    )
 
 
 def _swept(sweep: Sweep, garbage: Garbage, older_than_s: float, now: datetime) -> GcReport:
@@ -165,6 +207,7 @@ def _swept(sweep: Sweep, garbage: Garbage, older_than_s: float, now: datetime) -
         work=len(work),
         leases=leases,
         leftovers=len(leftovers) + others,
+        missing=_told_missing(garbage),
     )
 
 
@@ -181,6 +224,7 @@ def _expected(garbage: Garbage, leases: Sequence[SeenLease]) -> GcReport:
         work=len(garbage.work),
         leases=sum(not seen.live and seen.is_over(garbage.kept) for seen in leases),
         leftovers=len(garbage.leftovers),
+        missing=_told_missing(garbage),
     )
 
 

@@ -24,7 +24,9 @@ class Holder(BaseModel):
     def this_process(cls) -> Self:
         """The running process."""
         pid = os.getpid()
-        return cls(host=socket.gethostname(), boot=_boot(), namespace=_namespace(), pid=pid, started=_started(pid))
+        return cls(
+            host=socket.gethostname(), boot=_boot(), namespace=_namespace(), pid=pid, started=_started(pid) or ""
+        )
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -34,7 +36,9 @@ class Holder(BaseModel):
         """Whether the process is known to have ended; False where that cannot be seen from here."""
         if not self.boot or (self.boot, self.namespace) != (_boot(), _namespace()):
             return False
-        return _started(self.pid) != self.started
+        started = _started(self.pid)
+        # Processes of other users may be hidden (hidepid): then only the number tells, and after that the expiry.
+        return not _is_taken(self.pid) if started is None else started != self.started
 
 
 def _boot() -> str:
@@ -47,11 +51,24 @@ def _namespace() -> str:
     return ""
 
 
-def _started(pid: int) -> str:
-    """Start time in clock ticks since boot, empty for a process that is gone or a zombie: numbers are used again."""
+def _started(pid: int) -> str | None:
+    """Start time in clock ticks since boot, as numbers are used again; empty for a zombie, None where none is seen."""
     # After the last bracket, since a process's name may hold spaces and brackets; field 22 of proc(5).
     fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return "" if not fields or fields[0] in "ZX" else fields[19]
+    if not fields:
+        return None
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def _is_taken(pid: int) -> bool:
+    """Whether some process has the number, though it may be another's by now."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def _text(path: str) -> str:

@@ -10,6 +10,8 @@ v1/verdict/<aa>/<sha256>.json             a judge's verdict, by what was asked
 v1/quarantine/<name>-<random>             what failed verification
 """
 
+import re
+
 VERSION = "v1"
 BLOBS = "v1/blob"
 STAGES = "v1/stage"
@@ -25,6 +27,11 @@ MANIFEST_FILE = "manifest.json"
 def blob_name(sha256: str, area: str = BLOBS) -> str:
     """The name of a blob in an area."""
     return f"{area}/{sha256[:2]}/{sha256}"
+
+
+def is_blob_name(name: str) -> bool:
+    """Whether a name is exactly that of a blob, in the shared area or in one of work in progress."""
+    return re.fullmatch(rf"(?:{BLOBS}|{WORK}/.+/blob)/([0-9a-f]{{2}})/\1[0-9a-f]{{62}}", name) is not None
 
 
 def address_of(stage: str, key: str) -> str:

@@ -1,11 +1,14 @@
 """Who builds what: leases by compare-and-swap, with a fencing token, a heartbeat and an expiry.
 
-A lease is one record that is only ever replaced, never deleted, so that its token grows for ever. It passes through
+A lease is one record, and every write of it names the tag of the one before: who has lost it can write it no more. Its
+token grows with every holder for as long as the record stands; garbage collection deletes free leases of artifacts
+that are gone, and the next begins at 1 again, under a tag that nobody had. It passes through
 
     held ─► publishing (names the manifest) ─► committed ─► free
 
 and the step to `committed` is the publication: whoever has lost the lease fails there, however long he slept, and
-whoever finds a committed lease may finish what is left, which is to write the manifest that stands in it.
+whoever finds a committed lease may finish what is left, which is to write the manifest that stands in it. Until that
+manifest is known to be there, nobody frees it, its own holder neither: an error on his way leaves it committed.
 
 Expiry is judged by the observer's own clock: a record that has not changed for its `ttl_s` seconds is dead. Clocks of
 different machines are never compared. A holder on this machine that has ended is dead at once.
@@ -84,7 +87,7 @@ class Leases:
     def attempt(self, name: str, inputs: Mapping[str, str] | None = None) -> Iterator["HeldLease | None"]:
         """Hold the lease for the block, or None where somebody else lives and holds it. Never waits.
 
-        A lease whose holder died after its publication was decided is finished on the way.
+        A lease whose holder died or failed after its publication was decided is finished on the way.
         """
         held = self._take(name, dict(inputs or {}))
         if held is None:
@@ -204,10 +207,11 @@ class HeldLease:
         self._tag = tag
         self._swapping = threading.Lock()
         self._ended = threading.Event()
+        self._published = False
 
     @property
     def token(self) -> int:
-        """The fencing token: greater than that of every earlier holder."""
+        """The fencing token: greater than that of every earlier holder in this record."""
         return self._record.token
 
     @property
@@ -231,8 +235,12 @@ class HeldLease:
         """Decide the publication: after this no other producer of the same key can win. All blobs must be stored."""
         self._swap({"state": "committed"})
 
+    def done(self) -> None:
+        """Say that the manifest of the decided publication is known to be there: the lease may be given back."""
+        self._published = True
+
     def release(self) -> None:
-        """Give the lease back; of no effect if it was lost."""
+        """Give the lease back; of no effect if it was lost. One that is committed and not `done` stays committed."""
         self._ended.set()
         try:
             self._swap({"state": "free", "manifest": None, "inputs": {}})
@@ -253,23 +261,27 @@ class HeldLease:
 
     def _swap(self, changes: dict[str, Any]) -> None:
         with self._swapping:
-            if not changes and self._record.state == "free":
-                return
-            fresh = self._record.model_copy(update={**changes, "nonce": secrets.token_hex(8)})
-            tag = self._backend.replace(lease_name(self._name), fresh.to_json(), self._tag)
-            if tag is None and self._caught_up():
-                # An earlier write of ours got there although its answer did not.
+            for _ in range(2):
+                if not changes and self._record.state == "free":
+                    return
+                if changes.get("state") == "free" and self._record.state == "committed" and not self._published:
+                    return
+                fresh = self._record.model_copy(update={**changes, "nonce": secrets.token_hex(8)})
                 tag = self._backend.replace(lease_name(self._name), fresh.to_json(), self._tag)
-            if tag is None:
-                self._ended.set()
-                raise LeaseLostError(
-                    f"{self._backend.location}: the lease of {self._name} (token {self.token}) was taken over by "
-                    "another producer while this one was silent; what was built here is not published"
-                )
-            self._record, self._tag = fresh, tag
+                if tag is not None:
+                    self._record, self._tag = fresh, tag
+                    return
+                # An earlier write of ours may have got there although its answer did not.
+                if not self._caught_up():
+                    break
+            self._ended.set()
+            raise LeaseLostError(
+                f"{self._backend.location}: the lease of {self._name} (token {self.token}) was taken over by "
+                "another producer while this one was silent; what was built here is not published"
+            )
 
     def _caught_up(self) -> bool:
-        """Whether the record is ours after all, with a tag that was never told."""
+        """Whether the record is ours after all, as a write left it that was never answered."""
         found = self._backend.read(lease_name(self._name))
         if found is None:
             return False
@@ -279,7 +291,7 @@ class HeldLease:
             return False
         if (lease.token, lease.holder, lease.since) != (self.token, self._record.holder, self._record.since):
             return False
-        self._tag = found.tag
+        self._record, self._tag = lease, found.tag
         return True
 
 

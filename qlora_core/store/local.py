@@ -22,7 +22,7 @@ from pathlib import Path
 
 from qlora_core.digest import digest_bytes, digest_file
 from qlora_core.errors import CorruptArtifactError, StoreError
-from qlora_core.store.backend import Listed, Record
+from qlora_core.store.backend import Listed, Record, checked_name, is_name
 from qlora_core.store.contents import SYNCS_AT_ONCE, in_parallel, list_files
 from qlora_core.store.disk import (
     NEXT_STEP,
@@ -65,9 +65,14 @@ class LocalFolder:
         """The folder's own blobs."""
         return self._pool
 
+    @property
+    def pool_is_copies(self) -> bool:
+        """The pool is the place itself."""
+        return False
+
     def read(self, name: str) -> Record | None:
         """The record; its tag is the digest of its bytes."""
-        path = self._root / name
+        path = self._root / checked_name(name)
         with named_os_errors("read", path):
             try:
                 data = path.read_bytes()
@@ -77,7 +82,7 @@ class LocalFolder:
 
     def create(self, name: str, data: bytes) -> str | None:
         """Write the record beside, and link it to its name, which fails where one is."""
-        target = self._root / name
+        target = self._root / checked_name(name)
         with self._written(name, data) as file:
             try:
                 put(file, target, os.link)
@@ -96,7 +101,7 @@ class LocalFolder:
 
     def replace(self, name: str, data: bytes, tag: str) -> str | None:
         """Compare and rename, under the lock of this name."""
-        target = self._root / name
+        target = self._root / checked_name(name)
         with self._written(name, data) as file:
             with self._locked(name):
                 found = self.read(name)
@@ -109,7 +114,7 @@ class LocalFolder:
 
     def remove(self, name: str, tag: str | None = None) -> bool:
         """Delete a file, under the lock of its name."""
-        target = self._root / name
+        target = self._root / checked_name(name)
         with named_os_errors("remove", target):
             if not target.exists():
                 return False
@@ -128,6 +133,9 @@ class LocalFolder:
         """Every file under the prefix."""
         with named_os_errors("list", self._root / prefix):
             for path in sorted(name for name, _ in list_files(self._root / prefix)):
+                if not is_name(f"{prefix}{path}"):
+                    logger.warning("%r in %s is no name in a store and left alone", path, self._root / prefix)
+                    continue
                 try:
                     stat = (self._root / prefix / path).stat(follow_symlinks=False)
                 except FileNotFoundError:
@@ -195,7 +203,7 @@ class LocalFolder:
 
     def set_aside(self, name: str) -> None:
         """Rename the file into quarantine."""
-        source = self._root / name
+        source = self._root / checked_name(name)
         target = self._root / QUARANTINE / f"{name.removeprefix(f'{VERSION}/')}-{secrets.token_hex(4)}"
         with named_os_errors("move", source):
             if not source.exists():

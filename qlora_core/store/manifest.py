@@ -114,6 +114,16 @@ class Manifest(_Record):
         return sum(entry.size_bytes for entry in self.files.values())
 
     @model_validator(mode="after")
+    def _files_are_no_folders(self) -> Self:
+        for path in self.files:
+            above = path.rpartition("/")[0]
+            while above:
+                if above in self.files:
+                    raise ValueError(f"{above!r} is a file and a folder in one, of {path!r}")
+                above = above.rpartition("/")[0]
+        return self
+
+    @model_validator(mode="after")
     def _digests_follow_from_content(self) -> Self:
         if files_digest(self.files) != self.digest:
             raise ValueError("digest does not follow from the files")

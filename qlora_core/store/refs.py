@@ -17,6 +17,7 @@ from qlora_core.store.backend import Backend, Record
 from qlora_core.store.layout import PINS, REFS, STAGES, manifest_name
 from qlora_core.store.lease import Leases
 from qlora_core.store.manifest import STAGE_NAME
+from qlora_core.store.quarantine import noting
 from qlora_core.store.store import GC_LEASE
 
 PIN = "pin"
@@ -88,17 +89,36 @@ def add_ref(backend: Backend, kind: str, name: str, addresses: Iterable[str], no
     )
 
 
-def list_refs(backend: Backend) -> list[Ref]:
-    """Every pin and ref. Raises CorruptArtifactError for one that cannot be read: what it keeps is not known then."""
-    found = [_read(backend, listed.name) for area in (PINS, REFS) for listed in backend.list(f"{area}/")]
-    return [ref for ref in found if ref is not None]
+def list_refs(backend: Backend, faults: dict[str, str] | None = None) -> list[Ref]:
+    """Every pin and ref. Raises CorruptArtifactError for one that cannot be read: what it keeps is not known then.
+
+    With `faults` it is noted there instead, under its name, and left out.
+    """
+    found: list[Ref] = []
+    for listed in [each for area in (PINS, REFS) for each in backend.list(f"{area}/")]:
+        with noting(faults, listed.name):
+            ref = _read(backend, listed.name)
+            if ref is not None:
+                found.append(ref)
+    return found
+
+
+def remedy(record_name: str) -> str:
+    """What a person can do about a pin or ref that cannot be read: nobody else may guess what it kept."""
+    if record_name.startswith(f"{PINS}/"):
+        name = record_name.removeprefix(f"{PINS}/").removesuffix(".json")
+        return f"if what it kept may go or is pinned anew, `qlora store unpin {name}` takes it away"
+    return (
+        f"put {record_name} back from a backup; if nothing refers to what it kept any more, or it is registered anew, "
+        "remove it with the tools of the place itself"
+    )
 
 
 def remove_pin(backend: Backend, name: str) -> None:
     """Take a pin away; what it kept may be collected from then on. Raises ConfigError where there is none."""
     if _PIN_NAME.fullmatch(name) and backend.remove(_record_name(PIN, name)):
         return
-    names = ", ".join(sorted(ref.name for ref in list_refs(backend) if ref.kind == PIN))
+    names = ", ".join(sorted(ref.name for ref in list_refs(backend, {}) if ref.kind == PIN))
     raise ConfigError(f"no pin {name!r} in {backend.location}; there are: {names or 'none'}")
 
 

@@ -1,6 +1,7 @@
 """What in a store must stay, and for whose sake. Decides nothing about age and removes nothing.
 
-A record that cannot be read is an error here, never "nothing is kept by it".
+A record that cannot be read is an error here, never "nothing is kept by it"; but who only looks may ask for such
+records to be noted in `faults`, by name, and left out.
 """
 
 import secrets
@@ -9,13 +10,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from qlora_core.errors import CorruptArtifactError, StoreError
-from qlora_core.store.backend import Backend, Listed, Record
+from qlora_core.store.backend import Backend, Listed, Record, is_name
 from qlora_core.store.catalog import READS_AT_ONCE, Catalog
 from qlora_core.store.contents import in_parallel
 from qlora_core.store.layout import LEASES, STAGES, VERSION, WORK
 from qlora_core.store.lease import LeaseRecord, parse_lease
-from qlora_core.store.manifest import inside_path
-from qlora_core.store.refs import PIN, list_refs
+from qlora_core.store.quarantine import noting
+from qlora_core.store.refs import PIN, Ref
 from qlora_core.store.store import Store
 from qlora_core.store.work import Snapshot, parse_snapshot, snapshot_name
 
@@ -101,7 +102,9 @@ def age_s(listed: Listed, now: datetime) -> float:
     return max(0.0, (now - listed.modified).total_seconds())
 
 
-def read_leases(backend: Backend, now: datetime, under: str = "") -> list[SeenLease]:
+def read_leases(
+    backend: Backend, now: datetime, under: str = "", faults: dict[str, str] | None = None
+) -> list[SeenLease]:
     """The leases. One that was not renewed for twice its time to live, by the clock of the place, is not live."""
     listed = {found.name: found for found in backend.list(f"{LEASES}/{under}")}
     seen: list[SeenLease] = []
@@ -109,7 +112,9 @@ def read_leases(backend: Backend, now: datetime, under: str = "") -> list[SeenLe
     def look(record_name: str) -> None:
         name = record_name.removeprefix(f"{LEASES}/").removesuffix(".json")
         record = backend.read(record_name)
-        if record is not None:
+        if record is None:
+            return
+        with noting(faults, record_name):
             lease = parse_lease(record, name)
             silent = age_s(listed[record_name], now) > _TTLS_UNTIL_DEAD * lease.ttl_s
             live = lease.state != "free" and not silent and not lease.holder.is_dead
@@ -119,7 +124,7 @@ def read_leases(backend: Backend, now: datetime, under: str = "") -> list[SeenLe
     return sorted(seen, key=lambda lease: lease.name)
 
 
-def read_work(backend: Backend) -> list[StoredWork]:
+def read_work(backend: Backend, faults: dict[str, str] | None = None) -> list[StoredWork]:
     """Every piece of work in progress."""
     pieces: dict[str, StoredWork] = {}
     for listed in backend.list(f"{WORK}/"):
@@ -128,26 +133,38 @@ def read_work(backend: Backend) -> list[StoredWork]:
     for piece in pieces.values():
         record = backend.read(piece.snapshot_name)
         if record is not None:
-            piece.tag = record.tag
-            piece.snapshot = parse_snapshot(record.data, piece.name)
-            _check_lease_name(piece)
+            with noting(faults, piece.snapshot_name):
+                piece.tag, piece.snapshot = record.tag, sound_snapshot(record.data, piece.name)
     return list(pieces.values())
 
 
-def _check_lease_name(piece: StoredWork) -> None:
-    name = piece.snapshot.lease if piece.snapshot else ""
-    try:
-        _ = name and inside_path(name)
-    except ValueError as error:
-        raise CorruptArtifactError(f"{piece.snapshot_name} names a lease outside the store: {name!r}") from error
+def sound_snapshot(data: bytes, name: str) -> Snapshot:
+    """The snapshot found in area `name`. Raises CorruptArtifactError for one that is unsound or names no lease here."""
+    snapshot = parse_snapshot(data, name)
+    if snapshot.lease and not is_name(snapshot.lease):
+        raise CorruptArtifactError(f"{snapshot_name(name)} names a lease outside the store: {snapshot.lease!r}")
+    return snapshot
 
 
-def standing_roots(store: Store, leases: Iterable[SeenLease], work: Iterable[StoredWork]) -> list[Root]:
+def missing_targets(refs: Iterable[Ref], addresses: Container[str]) -> dict[str, list[str]]:
+    """What pins and refs name and is none of `addresses`: by address, who names it."""
+    missing: dict[str, list[str]] = {}
+    for ref in refs:
+        for address in ref.addresses:
+            if address not in addresses:
+                missing.setdefault(address, []).append(_called(ref))
+    return missing
+
+
+def _called(ref: Ref) -> str:
+    return f"pin {ref.name}" if ref.kind == PIN else f"{ref.kind} {ref.name}"
+
+
+def standing_roots(
+    store: Store, leases: Iterable[SeenLease], work: Iterable[StoredWork], refs: Iterable[Ref]
+) -> list[Root]:
     """What pins, refs, living producers, pieces of work and living readers on this machine keep."""
-    roots = [
-        Root(f"pin {ref.name}" if ref.kind == PIN else f"{ref.kind} {ref.name}", addresses=frozenset(ref.addresses))
-        for ref in list_refs(store.backend)
-    ]
+    roots = [Root(_called(ref), addresses=frozenset(ref.addresses)) for ref in refs]
     for seen in leases:
         if seen.live:
             manifest = seen.lease.manifest

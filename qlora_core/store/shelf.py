@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qlora_core.digest import digest_json
+from qlora_core.errors import CorruptArtifactError, StoreError, StoreUnavailableError
 from qlora_core.store.backend import Backend
 from qlora_core.store.contents import in_parallel
+from qlora_core.store.quarantine import set_record_aside
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +38,15 @@ class Shelf:
         if record is None:
             return None
         try:
-            body = json.loads(record.data)
-            if body["sha256"] == digest_json([digest, body["document"]]):
-                return body["document"]
-        except (ValueError, KeyError, TypeError):
-            pass
-        logger.warning("%s: %s is damaged, moved to quarantine", self._backend.location, name)
-        self._backend.set_aside(name)
+            return parse_document(record.data, name)
+        except CorruptArtifactError as fault:
+            logger.warning("%s: %s; it is moved to quarantine", self._backend.location, fault)
+        try:
+            set_record_aside(self._backend, name, record)
+        except StoreUnavailableError:
+            raise
+        except StoreError as error:
+            logger.warning("%s is not moved to quarantine: %s", name, error)
         return None
 
     def get_many(self, digests: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -59,3 +63,15 @@ class Shelf:
 
     def _name(self, digest: str) -> str:
         return f"{self._kind}/{digest[:2]}/{digest}.json"
+
+
+def parse_document(data: bytes, name: str) -> dict[str, Any]:
+    """The document found under `name`. Raises CorruptArtifactError for anything but a sound one of that name."""
+    digest = name.rpartition("/")[2].removesuffix(".json")
+    try:
+        body = json.loads(data)
+        if body["sha256"] == digest_json([digest, body["document"]]):
+            return body["document"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise CorruptArtifactError(f"{name} is damaged")

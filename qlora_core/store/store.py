@@ -137,16 +137,19 @@ class Store:
             self.leases.wait_while_held(GC_LEASE, f"{key.stage}: garbage is being collected")
             self.backend.send(folder, files, BLOBS)
             lease.commit()
-        return self._publish(manifest)
+        return self._publish(manifest, lease)
 
-    def _publish(self, manifest: Manifest) -> Artifact:
+    def _publish(self, manifest: Manifest, lease: HeldLease) -> Artifact:
         for _ in range(_ATTEMPTS):
-            path = self.backend.pool.view(manifest.digest, manifest.files) if finish(self.backend, manifest) else None
-            if path is not None:
-                return _artifact(manifest, path)
+            if finish(self.backend, manifest):
+                lease.done()
+                path = self.backend.pool.view(manifest.digest, manifest.files)
+                if path is not None:
+                    return _artifact(manifest, path)
             # Something stands there already. If it is sound, it is the artifact.
             artifact = self.get_at(manifest.address)
             if artifact is not None:
+                lease.done()
                 return artifact
         raise StoreError(
             f"{self.location}: {manifest.address} is taken by an artifact that cannot be read, {_ATTEMPTS} times in a "

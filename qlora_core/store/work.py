@@ -25,7 +25,6 @@ from qlora_core.store.backend import Backend, Record
 from qlora_core.store.contents import list_files, seal
 from qlora_core.store.disk import named_os_errors
 from qlora_core.store.layout import WORK
-from qlora_core.store.local import LocalFolder
 from qlora_core.store.manifest import FileEntry, InsidePath
 from qlora_core.store.quarantine import set_record_aside
 
@@ -268,9 +267,8 @@ class WorkArea:
         return True
 
     def _drop_copies(self) -> None:
-        """Remove a bucket's blobs from this machine, where no size limit looks at those of work in progress."""
-        # A folder's pool is the place itself.
-        if not isinstance(self._backend, LocalFolder):
+        """Remove this machine's copies, if they are copies: no size limit looks at those of work in progress."""
+        if self._backend.pool_is_copies:
             shutil.rmtree(self._backend.pool.path("0" * 64, self._blobs).parent.parent, ignore_errors=True)
 
 

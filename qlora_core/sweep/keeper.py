@@ -1,7 +1,8 @@
 """Keeps the checkpoints of a sweep's trials in the artifact store, so that a trial goes on wherever it is taken up.
 
 A store that fails costs that protection and never the training, which has its checkpoints on this machine: that is said
-once, and a later checkpoint is tried again. Only one thing ends a trial here: that somebody else has taken it over.
+once, and a later checkpoint is tried again. A checkpoint there that is further than one from here, and that nobody here
+has seen, is never replaced. Only one thing ends a trial here: that somebody else has taken it over.
 Knows nothing of what is in a checkpoint.
 """
 
@@ -44,6 +45,8 @@ class StoreKeeper:
     _backend: Backend | None = field(default=None, init=False)
     _areas: dict[str, WorkArea] = field(default_factory=dict, init=False)
     _told: set[str] = field(default_factory=set, init=False)
+    _settled: set[str] = field(default_factory=set, init=False)
+    _behind: set[str] = field(default_factory=set, init=False)
     _quiet_until: float = field(default=0.0, init=False)
 
     def keep(self, trial_id: str, checkpoint: "Checkpoint") -> None:
@@ -51,21 +54,26 @@ class StoreKeeper:
         if self._is_quiet:
             return
         with self._failure_told(trial_id):
-            self._area(trial_id).save(checkpoint.folder, checkpoint.folder.name)
+            area = self._area(trial_id)
+            if self._is_settled(trial_id, area, checkpoint):
+                area.save(checkpoint.folder, checkpoint.folder.name)
 
     def bring_back(self, trial_id: str, folder: Path, local: "Checkpoint | None") -> bool:
         """Fetch the trial's checkpoint into `folder` if it is newer than `local`, and take the trial over."""
         # The trial may have been elsewhere since this process had it, and that must not count against it.
         self._areas.pop(trial_id, None)
+        self._settled.discard(trial_id)
         if self._is_quiet:
             return False
         with self._failure_told(trial_id):
             area = self._area(trial_id)
             snapshot = area.take()
-            if snapshot is None or (local is not None and snapshot.label <= local.folder.name):
-                return False
-            if area.restore(folder / snapshot.label) is not None:
-                _LOGGER.info("trial %s: %s is back from %s", trial_id, snapshot.label, self.store["url"])
+            is_newer = snapshot is not None and (local is None or _step(snapshot.label) > local.step)
+            restored = area.restore(folder / snapshot.label) if snapshot is not None and is_newer else None
+            # Only now: what was not fetched is not known, and may be further than what this process has.
+            self._settled.add(trial_id)
+            if restored is not None:
+                _LOGGER.info("trial %s: %s is back from %s", trial_id, restored.label, self.store["url"])
                 return True
         return False
 
@@ -79,6 +87,27 @@ class StoreKeeper:
         if trial_id not in self._areas:
             self._areas[trial_id] = WorkArea(self._backend, f"{self.name}/{trial_id}", self.lease, self.inputs)
         return self._areas[trial_id]
+
+    def _is_settled(self, trial_id: str, area: WorkArea, checkpoint: "Checkpoint") -> bool:
+        """Whether what the store has was seen here, or is no further than `checkpoint`, which may replace it then."""
+        if trial_id in self._settled:
+            return True
+        # A look takes nothing over: whoever is further may be at work at this moment.
+        for look in (area.newest, area.take):
+            found = look()
+            if found is not None and _step(found.label) > checkpoint.step:
+                if trial_id not in self._behind:
+                    self._behind.add(trial_id)
+                    _LOGGER.warning(
+                        "trial %s: %s has %s of it, which could not be fetched as it began and stays there; until this "
+                        "machine has come as far, its checkpoints are on this machine alone",
+                        trial_id,
+                        self.store["url"],
+                        found.label,
+                    )
+                return False
+        self._settled.add(trial_id)
+        return True
 
     @contextmanager
     def _failure_told(self, trial_id: str) -> Iterator[None]:
@@ -99,6 +128,12 @@ class StoreKeeper:
                 )
         else:
             self._told.discard(trial_id)
+
+
+def _step(label: str) -> int:
+    """The step that a checkpoint's name tells."""
+    digits = label.rpartition("-")[2]
+    return int(digits) if digits.isdecimal() else -1
 
 
 def discard_work(work_dir: Path, backend: Backend) -> None:

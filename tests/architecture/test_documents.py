@@ -26,7 +26,9 @@ def commands_of(group: Any, above: str = "") -> Iterator[tuple[str, Any]]:
 
 DESCRIBED = dict(commands_of(get_command(app)))
 COMMANDS = list(DESCRIBED)
-STORE_COMMANDS = ["explain", "export", "gc", "import", "lineage", "ls", "pin", "show", "unpin", "verify"]
+STORE_COMMANDS = [
+    "explain", "export", "gc", "import", "lineage", "ls", "pin", "refs", "show", "unpin", "unref", "verify",
+]  # fmt: skip
 
 
 def test_commands_are_those_promised() -> None:

@@ -3,8 +3,9 @@
 import json
 import urllib.request
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import boto3
 import pytest
@@ -14,10 +15,14 @@ from qlora_core.digest import digest_bytes
 from qlora_core.errors import StoreError
 from qlora_core.store.artifact import StageKey
 from qlora_core.store.gc import collect
-from qlora_core.store.layout import REFS, VERDICTS
-from qlora_core.store.refs import add_pin, add_ref
+from qlora_core.store.holder import Holder
+from qlora_core.store.layout import REFS, VERDICTS, blob_name, manifest_name
+from qlora_core.store.lease import LeaseRecord, lease_name
+from qlora_core.store.manifest import Manifest
+from qlora_core.store.refs import add_pin, add_ref, remove_ref
 from qlora_core.store.shelf import Shelf
 from qlora_core.store.store import Store, open_store
+from qlora_core.store.verification import verify
 from qlora_core.store.work import WorkArea
 
 POLICIES = Path(__file__).parents[2] / "infra" / "iam"
@@ -32,6 +37,22 @@ def key_of(stage: str, seed: int = 0) -> StageKey:
 
 def build(out: Path) -> None:
     (out / "weights.safetensors").write_bytes(b"some weights" * 100)
+
+
+def build_what_is_new(out: Path) -> None:
+    (out / "weights.safetensors").write_bytes(b"weights that nobody has stored")
+
+
+def leave_dead_lease(store: Store, manifest: Manifest, state: Literal["held", "committed"]) -> None:
+    """The lease of a producer that died on this machine."""
+    dead = Holder.this_process().model_copy(update={"started": "1"})
+    now = datetime.now(UTC)
+    told = manifest if state == "committed" else None
+    lease = LeaseRecord(token=9, state=state, holder=dead, nonce="n", ttl_s=60, since=now, manifest=told)
+    name = lease_name(manifest.address.removeprefix("v1/"))
+    found = store.backend.read(name)
+    assert found is not None
+    assert store.backend.replace(name, lease.to_json(), found.tag)
 
 
 def policy(role: str) -> str:
@@ -113,9 +134,13 @@ def test_trainer_reads_artifacts_and_keeps_checkpoints(acting: As, tmp_path: Pat
     folder = tmp_path / "step-00000001"
     folder.mkdir()
     build(folder)
-    area = WorkArea(store.backend, "sweep/0123456789abcdef/t000")
+    name = "sweep/0123456789abcdef/t000"
+    area = WorkArea(store.backend, name)
     area.save(folder, "step-00000001")
     assert area.restore(tmp_path / "back") is not None
+    found = store.backend.read(f"v1/work/{name}/snapshot.json")
+    assert found is not None and store.backend.replace(f"v1/work/{name}/snapshot.json", b"damaged", found.tag)
+    assert area.restore(tmp_path / "again") is None
     area.clear()
 
 
@@ -139,6 +164,58 @@ def test_janitor_collects_and_pins(acting: As) -> None:
     collect(store, keep_last=0, older_than_s=0)
     assert acting("serving").get(key_of("curate", 6)) is not None
     assert acting("serving").get(key_of("curate", 7)) is None
+
+
+def test_janitor_looks_at_what_it_would_collect(acting: As) -> None:
+    artifact, _ = acting("builder").get_or_build(key_of("curate", 10), build)
+    seen = collect(acting("janitor"), keep_last=0, older_than_s=0, dry_run=True)
+    assert artifact.key in {row["key"] for row in seen.artifacts}
+
+
+def test_janitor_takes_the_leases_of_the_dead(acting: As) -> None:
+    artifact, _ = acting("builder").get_or_build(key_of("curate", 11), build)
+    leave_dead_lease(acting("builder"), artifact.manifest, "held")
+    collect(acting("janitor"), keep_last=0, older_than_s=0)
+    assert acting("serving").get(key_of("curate", 11)) is None
+
+
+def test_janitor_finishes_what_was_decided(acting: As) -> None:
+    artifact, _ = acting("builder").get_or_build(key_of("curate", 12), build)
+    name = manifest_name(artifact.manifest.address)
+    acting("janitor").backend.remove(name)
+    leave_dead_lease(acting("builder"), artifact.manifest, "committed")
+    collect(acting("janitor"), keep_last=0, older_than_s=3600)
+    assert acting("serving").get(key_of("curate", 12)) is not None
+
+
+def test_janitor_collects_while_there_is_work_in_progress(acting: As, tmp_path: Path) -> None:
+    artifact, _ = acting("builder").get_or_build(key_of("sweep", 13), build)
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    build(folder)
+    for key in (artifact.key, "0" * 64):
+        name = f"sweep/{key[:16]}/t000"
+        WorkArea(acting("trainer").backend, name, f"stage/sweep/{key}").save(folder, "step-00000001")
+    collected = collect(acting("janitor"), keep_last=9, older_than_s=0)
+    assert collected.work > 0
+    assert WorkArea(acting("trainer").backend, f"sweep/{artifact.key[:16]}/t000").newest() is None
+
+
+def test_janitor_repairs(acting: As) -> None:
+    artifact, _ = acting("builder").get_or_build(key_of("curate", 14), build)
+    (entry,) = artifact.manifest.files.values()
+    acting("builder").backend.set_aside(blob_name(entry.sha256))
+    acting("builder").backend.create(blob_name(entry.sha256), b"flipped")
+    found = verify(acting("janitor"), repair=True)
+    assert {blob_name(entry.sha256), manifest_name(artifact.manifest.address)} <= set(found.set_aside)
+    again = verify(acting("janitor"))
+    assert (again.broken, again.manifests, again.records) == ([], {}, {})
+
+
+def test_janitor_takes_a_reference_away(acting: As) -> None:
+    artifact, _ = acting("builder").get_or_build(key_of("sweep", 15), build)
+    add_ref(acting("promoter").backend, "model", "assistant/15", [artifact.manifest.address])
+    assert remove_ref(acting("janitor").backend, "model", "assistant/15")
 
 
 FORBIDDEN: dict[str, list[Callable[[Store], object]]] = {
@@ -170,8 +247,12 @@ FORBIDDEN: dict[str, list[Callable[[Store], object]]] = {
         lambda store: store.backend.remove("v1/probe/forbidden"),
     ],
     "janitor": [
-        lambda store: store.get_or_build(key_of("curate", 8), build),
-        lambda store: store.backend.create("v1/stage/curate/x/manifest.json", b"{}"),
+        lambda store: store.get_or_build(key_of("curate", 9), build_what_is_new),
+        lambda store: store.backend.create("v1/stage/curate/x/other.json", b"{}"),
+        lambda store: store.backend.create(blob_name("0" * 64), b"{}"),
+        lambda store: store.backend.create(f"{REFS}/model/x.json", b"{}"),
+        lambda store: store.backend.create("v1/work/x/snapshot.json", b"{}"),
+        lambda store: Shelf(store.backend, VERDICTS).put(digest_bytes(b"x"), {}),
     ],
 }
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_core.errors import ConfigError, CorruptArtifactError, StoreError
-from qlora_core.store.backend import Listed, Record
+from qlora_core.store.backend import Listed, Record, checked_name
 from qlora_core.store.contents import in_parallel
 from qlora_core.store.disk import named_os_errors
-from qlora_core.store.layout import QUARANTINE, VERSION, blob_name
+from qlora_core.store.layout import QUARANTINE, VERSION, blob_name, is_blob_name
 from qlora_core.store.local import LocalFolder
 from qlora_core.store.manifest import FileEntry, inside_path
 from qlora_core.store.pieces import PieceRange, piece_fault, pieces_of_range
@@ -84,6 +84,11 @@ class S3Bucket:
         """The copies on this machine."""
         return self._pool
 
+    @property
+    def pool_is_copies(self) -> bool:
+        """What counts is in the bucket."""
+        return True
+
     def read(self, name: str) -> Record | None:
         """The record, in one request."""
         return self._records.read(name)
@@ -98,9 +103,10 @@ class S3Bucket:
 
     def remove(self, name: str, tag: str | None = None) -> bool:
         """Delete an object, and this machine's copy if it is a blob."""
-        copy = self._pool.root / name
-        with named_os_errors("remove", copy):
-            copy.unlink(missing_ok=True)
+        if is_blob_name(checked_name(name)):
+            copy = self._pool.root / name
+            with named_os_errors("remove", copy):
+                copy.unlink(missing_ok=True)
         return self._records.remove(name, tag)
 
     def list(self, prefix: str) -> Iterator[Listed]:
@@ -175,7 +181,7 @@ class S3Bucket:
     def set_aside(self, name: str) -> None:
         """Copy the object to quarantine and delete it."""
         try:
-            answer = self._client.ask("head_object", Key=self._prefix + name)
+            answer = self._client.ask("head_object", Key=self._prefix + checked_name(name))
         except Refused:
             return
         self._move_to_quarantine(self._prefix + name, answer["ETag"])

@@ -1,15 +1,18 @@
 """Small objects with conditional writes: what a store keeps apart its writers by. Does not know what they say."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qlora_core.digest import digest_bytes
 from qlora_core.errors import StoreUnavailableError
-from qlora_core.store.backend import Listed, Record
+from qlora_core.store.backend import Listed, Record, checked_name, is_name
 from qlora_core.store.s3.client import S3Client
 from qlora_core.store.s3.outcome import Outcome, Refused
 from qlora_core.store.s3.sending import checksum
 from qlora_core.store.s3.stream import ObjectStream
+
+logger = logging.getLogger(__name__)
 
 _READ_ATTEMPTS = 3
 
@@ -24,10 +27,11 @@ class S3Records:
 
     def read(self, name: str) -> Record | None:
         """The object's bytes, in one request."""
+        key = self._prefix + checked_name(name)
         for _ in range(_READ_ATTEMPTS):
             chunks: list[bytes] = []
             try:
-                tag = ObjectStream(self._client, self._prefix + name, self._client.patience()).into(chunks.append)
+                tag = ObjectStream(self._client, key, self._client.patience()).into(chunks.append)
             except Refused as no:
                 if no.outcome is Outcome.MISSING:
                     return None
@@ -45,7 +49,7 @@ class S3Records:
 
     def remove(self, name: str, tag: str | None = None) -> bool:
         """Delete an object, with `tag` only if it still has this ETag."""
-        key = self._prefix + name
+        key = self._prefix + checked_name(name)
         try:
             found = self._client.ask("head_object", Key=key)
             if tag is not None and found["ETag"] != tag:
@@ -59,18 +63,22 @@ class S3Records:
         return True
 
     def list(self, prefix: str) -> Iterator[Listed]:
-        """Everything under a prefix, sorted by name."""
+        """Everything under a prefix, sorted by name. Others may have put keys there that are no names in a store."""
         marker: dict[str, Any] = {}
         while True:
             page = self._client.ask("list_objects_v2", Prefix=self._prefix + prefix, **marker)
             for found in page.get("Contents", []):
-                yield Listed(found["Key"].removeprefix(self._prefix), found["Size"], found["LastModified"])
+                name = found["Key"].removeprefix(self._prefix)
+                if is_name(name):
+                    yield Listed(name, found["Size"], found["LastModified"])
+                else:
+                    logger.warning("%s: the key %r is no name in a store and left alone", self._client.place, name)
             if not page.get("IsTruncated"):
                 return
             marker = {"ContinuationToken": page["NextContinuationToken"]}
 
     def _write(self, name: str, data: bytes, **condition: str) -> str | None:
-        key, sum_ = self._prefix + name, checksum(digest_bytes(data))
+        key, sum_ = self._prefix + checked_name(name), checksum(digest_bytes(data))
         try:
             return self._client.ask("put_object", Key=key, Body=data, **sum_, **condition, **self._encryption)["ETag"]
         except Refused as no:

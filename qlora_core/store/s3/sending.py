@@ -1,5 +1,6 @@
 """What everything on its way into a bucket has in common: what goes where, with which digest, under whose patience."""
 
+import logging
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from qlora_core.store.manifest import FileEntry
 from qlora_core.store.s3.client import S3Client
 from qlora_core.store.s3.outcome import Outcome, Refused
 from qlora_core.store.s3.patience import Patience
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,18 @@ class Sending:
     again: list[Blob] = field(default_factory=list)
 
     def is_there(self, blob: Blob) -> bool:
-        """Whether an object of the blob's size is at its key."""
+        """Whether an object of the blob's size is at its key, and of its digest where the server keeps that."""
         try:
-            answer = self.client.ask("head_object", self.patience, Key=blob.key)
+            answer = self.client.ask("head_object", self.patience, Key=blob.key, ChecksumMode="ENABLED")
         except Refused as no:
             if no.outcome is not Outcome.MISSING:
                 raise
+            return False
+        told = answer.get("ChecksumSHA256", "")
+        # That of an object in parts is over the digests of its parts, and says so.
+        is_whole = told and "-" not in told and answer.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT"
+        if is_whole and not blob.entry.pieces and told != in_base64(blob.entry.sha256):
+            logger.warning("%s: %s is not what its name says; it is sent anew", self.client.place, blob.key)
             return False
         return answer["ContentLength"] == blob.entry.size_bytes
 

@@ -1,5 +1,6 @@
 """What any place promises underneath: records with conditional writes, listings, blobs in areas, verified ranges."""
 
+import logging
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import pytest
 from qlora_core.errors import CorruptArtifactError, StoreError
 from qlora_core.store.artifact import StageKey
 from qlora_core.store.contents import seal
+from qlora_core.store.gc import collect
 from qlora_core.store.layout import BLOBS, blob_name
 from qlora_core.store.manifest import PIECE_BYTES, FileEntry
 
@@ -184,3 +186,65 @@ def test_long_file_is_verified_piece_by_piece(place: Any, key: StageKey) -> None
     with pytest.raises(CorruptArtifactError, match="piece 0"):
         backend.read_range(entry, PIECE_BYTES - 1, 5, BLOBS)
     assert place.reader().get(key) is None
+
+
+@pytest.mark.parametrize("name", ["v1/blob/../../../escaped", "v1/../../escaped", "../escaped", "/escaped", ""])
+def test_name_that_leads_out_of_the_store_is_refused(backend: Any, name: str, tmp_path: Path) -> None:
+    (tmp_path / "escaped").write_bytes(b"not the store's")
+    for use in (
+        lambda: backend.read(name),
+        lambda: backend.create(name, b"one"),
+        lambda: backend.replace(name, b"two", sha256(b"not the store's").hexdigest()),
+        lambda: backend.remove(name),
+        lambda: backend.set_aside(name),
+    ):
+        with pytest.raises(StoreError, match="is no name in a store"):
+            use()
+    assert (tmp_path / "escaped").read_bytes() == b"not the store's"
+
+
+OUTSIDE = [
+    "v1/quarantine/../../../../../victim",
+    "v1/partial/../../../../../victim",
+    "v1/blob/../../../../../victim",
+    "v1/work/../../../../../victim",
+    "v1/work/t0/blob/../../../../../../../victim",
+    "v1/blob/aa/",
+]
+
+
+def test_collection_leaves_alone_what_keys_of_others_lead_to(
+    bucket_place: Any, s3_client: Any, key: StageKey, build: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bucket, _, prefix = bucket_place.url.removeprefix("s3://").partition("/")
+    made = bucket_place.store.get_or_build(key, build)[0].manifest
+    root = bucket_place.store.backend.pool.root
+    victims = [(root / name).resolve() for name in OUTSIDE if name.endswith("victim")]
+    for file in [*victims, root / "v1" / "view" / made.digest / "note"]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"not the store's")
+    theirs, ours = [*OUTSIDE, f"v1/quarantine/../view/{made.digest}/note"], ["v1/quarantine/a"]
+    for name in [*theirs, *ours]:
+        s3_client.put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=b"{}")
+    with caplog.at_level(logging.WARNING):
+        collect(bucket_place.store, keep_last=0, older_than_s=0)
+    assert [file.read_bytes() for file in victims] == [b"not the store's"] * len(victims)
+    assert set(theirs) <= set(bucket_place.names())
+    # Negative control: what had names of the store went.
+    assert "v1/quarantine/a" not in bucket_place.names()
+    assert "is no name in a store" in caplog.text
+
+
+def test_only_the_copy_of_a_blob_goes_with_its_object(bucket_place: Any, key: StageKey, build: Build) -> None:
+    backend = bucket_place.store.backend
+    manifest = bucket_place.store.get_or_build(key, build)[0].manifest
+    beside = backend.pool.root / "v1" / "quarantine" / "note"
+    beside.parent.mkdir(parents=True)
+    beside.write_bytes(b"not in the bucket")
+    backend.create("v1/quarantine/note", b"in the bucket")
+    assert backend.remove("v1/quarantine/note")
+    assert beside.exists()
+    sha256_ = manifest.files["config.json"].sha256
+    assert backend.pool.path(sha256_).exists()
+    assert backend.remove(blob_name(sha256_))
+    assert not backend.pool.path(sha256_).exists()

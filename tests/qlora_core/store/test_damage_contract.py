@@ -135,6 +135,13 @@ def renamed(path: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def below(path: str) -> Callable[[dict[str, Any]], None]:
+    def change(document: dict[str, Any]) -> None:
+        document["files"][path] = document["files"]["config.json"]
+
+    return change
+
+
 def other_config(document: dict[str, Any]) -> None:
     document["config"]["blocksize"] = 128
 
@@ -144,6 +151,7 @@ MANIFESTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "path with a dot": (edited(renamed("./escaped.json")), "no path inside an artifact"),
     "absolute path": (edited(renamed("/tmp/escaped.json")), "no path inside an artifact"),
     "backslash path": (edited(renamed("..\\escaped.json")), "no path inside an artifact"),
+    "file that is a folder": (edited(below("config.json/more/a.json")), "a file and a folder in one"),
     "cut short": (lambda raw: raw[: len(raw) // 2], "not JSON"),
     "emptied": (lambda raw: b"", "not JSON"),
     "no text": (lambda raw: b"\xff\xfe\x00", "damaged"),

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,13 +12,13 @@ from typing import Any
 import pytest
 
 from qlora_core.digest import digest_file
-from qlora_core.errors import StoreError
+from qlora_core.errors import ConfigError, StoreError
 from qlora_core.store.contents import seal
 from qlora_core.store.exchange import export_artifacts, import_artifacts
 from qlora_core.store.layout import BLOBS, blob_name, manifest_name
 from qlora_core.store.lease import finish
 from qlora_core.store.local import LocalFolder
-from qlora_core.store.manifest import PIECE_BYTES, FileEntry, Manifest, new_manifest
+from qlora_core.store.manifest import PIECE_BYTES, FileEntry, Manifest, files_digest, new_manifest
 from qlora_core.store.store import Store
 
 
@@ -113,14 +114,51 @@ def test_corrupt_artifact_is_not_exported_and_leaves_no_file(store: Store, swept
     before = {"old.tar": b"what was there before"}
     (tmp_path / "old.tar").write_bytes(before["old.tar"])
     with pytest.raises(StoreError, match=swept.key):
-        export_artifacts(store, swept.address, tmp_path / "old.tar")
+        export_artifacts(store, swept.address, tmp_path / "old.tar", force=True)
     assert (tmp_path / "old.tar").read_bytes() == before["old.tar"]
     assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob(".*.part"))
 
 
 def test_export_into_a_missing_folder_names_it(store: Store, swept: Manifest, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"missing/a\.tar"):
+    with pytest.raises(ConfigError, match=r"missing/a\.tar: No such file or directory; .*make the folder first"):
         export_artifacts(store, swept.address, tmp_path / "missing" / "a.tar")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link to nowhere"])
+def test_export_replaces_what_is_there_only_if_forced(store: Store, swept: Manifest, tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "report.pdf"
+    if kind == "file":
+        file.write_bytes(b"months of work")
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=r"report\.pdf is there already; .* --force"):
+        export_artifacts(store, swept.address, file)
+    assert kind != "file" or file.read_bytes() == b"months of work"
+    if kind == "folder":
+        with pytest.raises(ConfigError, match="it is a folder"):
+            export_artifacts(store, swept.address, file, force=True)
+    else:
+        export_artifacts(store, swept.address, file, force=True)
+        assert tarfile.is_tarfile(file)
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_file_that_came_meanwhile_is_not_replaced(
+    store: Store, swept: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.tar"
+    real = os.fsync
+
+    def sync(descriptor: int) -> None:
+        file.write_bytes(b"of somebody else")
+        real(descriptor)
+
+    monkeypatch.setattr("qlora_core.store.exchange.os.fsync", sync)
+    with pytest.raises(ConfigError, match="there already"):
+        export_artifacts(store, swept.address, file)
+    assert file.read_bytes() == b"of somebody else"
 
 
 Members = list[tuple[tarfile.TarInfo, bytes]]
@@ -147,9 +185,13 @@ def artifact(content: bytes = b"{}", **changes: Any) -> Members:
     return [*member(name, manifest.model_copy(update=changes).to_json()), *member(blob_name(entry.sha256), content)]
 
 
+ENTRY = FileEntry(sha256=hashlib.sha256(b"{}").hexdigest(), size_bytes=2)
+
+
 def resealed(paths: dict[str, FileEntry], blobs: Iterable[bytes]) -> Members:
-    """A manifest that is sound in itself, whatever it says of its files."""
-    manifest = new_manifest("sweep", "1", {}, {}, paths)
+    """A manifest whose digest and checksum are right, whatever it says of its files."""
+    sound = new_manifest("sweep", "1", {}, {}, {"result.json": ENTRY})
+    manifest = sound.model_copy(update={"files": paths, "digest": files_digest(paths)})
     found = member(manifest_name(manifest.address), manifest.to_json())
     for blob in blobs:
         found += member(blob_name(hashlib.sha256(blob).hexdigest()), blob)
@@ -157,7 +199,6 @@ def resealed(paths: dict[str, FileEntry], blobs: Iterable[bytes]) -> Members:
 
 
 BLOB = blob_name(hashlib.sha256(b"{}").hexdigest())
-ENTRY = FileEntry(sha256=hashlib.sha256(b"{}").hexdigest(), size_bytes=2)
 HOSTILE: dict[str, tuple[Members, str]] = {
     "empty": ([], "no artifact"),
     "climbing out": ([*artifact(), *member("../escaped", b"x")], r"\.\./escaped"),
@@ -250,8 +291,12 @@ def test_what_is_no_tar_is_named(other: Store, tmp_path: Path, content: bytes) -
 
 
 def test_missing_file_is_named(other: Store, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"none\.tar"):
+    with pytest.raises(ConfigError, match=r"none\.tar") as refused:
         import_artifacts(other, tmp_path / "none.tar")
+    assert "`store`" not in str(refused.value)
+    with pytest.raises(ConfigError, match="it is a folder"):
+        import_artifacts(other, tmp_path)
+    assert not Path(other.location).exists()
 
 
 def test_import_gives_way_to_a_living_producer(store: Store, rows: Manifest, other: Store, tmp_path: Path) -> None:

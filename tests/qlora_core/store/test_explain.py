@@ -81,7 +81,32 @@ def test_added_and_removed_inputs_are_told(store: Store) -> None:
     ]
 
 
-def test_comparison_is_with_the_newest_earlier_one_unless_another_is_named(store: Store) -> None:
+def test_comparison_is_with_the_nearest_earlier_one_and_not_with_another_projects(store: Store) -> None:
+    config = {"rank": 8, "train": {"rate": 0.1, "steps": 100}, "order": [1, 2]}
+    base = {"base": "b" * 64, "curate": "c" * 64}
+    other = {"rank": 64, "train": {"rate": 0.5, "steps": 9, "warmup": 1}, "order": [1]}
+    own = publish(store, "sweep", config, base)
+    theirs = publish(store, "sweep", other, {"base": "e" * 64, "rows": "f" * 64})
+    new = publish(store, "sweep", {**config, "rank": 16}, {**base, "curate": "d" * 64})
+    explained = explain(store, new.address)
+    assert explained["against"] == {"key": own.key, "created": own.created.isoformat(), "nearest_of": 2}
+    lines = explain_lines(explained)
+    assert f"differs from {own.key[:12]} of 20" in lines[0]
+    assert "the nearest of 2 earlier ones (--against KEY for another), in" in lines[0]
+    assert lines[1:] == ["rank: 8 -> 16", "input curate: cccccccccccc… -> dddddddddddd…"]
+    given = explain(store, new.address, theirs.address)
+    assert given["against"] == {"key": theirs.key, "created": theirs.created.isoformat()}
+    assert explain_lines(given)[0].endswith(f"{theirs.created.isoformat()[:16].replace('T', ' ')} in")
+
+
+def test_version_counts_as_much_as_a_setting(store: Store) -> None:
+    older = publish(store, "sweep", {"rank": 8, "rate": 0.1}, {}, version="2")
+    publish(store, "sweep", {"rank": 8, "rate": 0.2}, {}, version="1")
+    new = publish(store, "sweep", {"rank": 9, "rate": 0.1}, {}, version="2")
+    assert explain(store, new.address)["against"]["key"] == older.key
+
+
+def test_comparison_is_with_the_newest_among_equals_unless_another_is_named(store: Store) -> None:
     made = [publish(store, "sweep", {"seed": n}, {}) for n in range(4)]
     publish(store, "curate", {"seed": 9}, {})
     assert explain(store, made[2].address)["against"]["key"] == made[1].key

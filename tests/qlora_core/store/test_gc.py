@@ -46,8 +46,12 @@ def publish(store: Store, stage: str, name: str, inputs: Files | None = None, sh
     return manifest
 
 
-def sweep_all(store: Store, keep_last: int = 0, older_than_s: float = 0, dry_run: bool = False) -> GcReport:
-    return collect(store, keep_last=keep_last, older_than_s=older_than_s, dry_run=dry_run)
+def sweep_all(
+    store: Store, keep_last: int = 0, older_than_s: float = 0, dry_run: bool = False, drop_work: float | None = None
+) -> GcReport:
+    return collect(
+        store, keep_last=keep_last, older_than_s=older_than_s, drop_work_older_than_s=drop_work, dry_run=dry_run
+    )
 
 
 def is_whole(store: Store, manifest: Manifest) -> bool:
@@ -112,9 +116,10 @@ def worked_on(store: Store, manifest: Manifest) -> Iterator[None]:
     lease = f"stage/evaluate/{'f' * 64}"
     with store.backend.staging() as folder:
         (folder / "state.json").write_text("half")
-        WorkArea(store.backend, "evaluate/t0", lease, {"sweep": manifest.digest}).save(folder, "step-3")
-    with store.leases.attempt(lease):
-        yield
+        area = WorkArea(store.backend, "evaluate/t0", lease, {"sweep": manifest.digest})
+        area.save(folder, "step-3")
+    yield
+    area.clear()
 
 
 def read_here(store: Store, manifest: Manifest) -> Iterator[None]:
@@ -280,17 +285,22 @@ def test_dry_run_says_the_same_and_changes_nothing(store: Store) -> None:
     assert (len(done.artifacts), done.blobs, done.leases, done.leftovers) == (2, 4, 1, 1)
 
 
-def test_work_nobody_needs_goes_whole_and_what_is_needed_stays(store: Store) -> None:
+def test_unfinished_work_goes_only_where_an_age_is_given_for_it_and_then_whole(store: Store) -> None:
     lease = f"stage/sweep/{'5' * 64}"
     with store.backend.staging() as folder:
         (folder / "state.json").write_text("half")
         WorkArea(store.backend, "sweep/key/t0", lease).save(folder, "step-3")
     before = names(store)
-    assert sweep_all(store, older_than_s=HOUR).work == 0
+    for name in before:
+        _age(Path(store.location) / name, 1000 * HOUR)
+    # Unfinished, and nobody at it: it may be taken up again, after whatever time.
+    assert sweep_all(store).work == 0
+    assert sweep_all(store, drop_work=1001 * HOUR).work == 0
     with store.leases.attempt(lease):
-        assert sweep_all(store).work == 0
+        assert sweep_all(store, drop_work=0).work == 0
     assert set(before) <= set(names(store))
-    assert sweep_all(store).work == 1
+    assert sweep_all(store, drop_work=999 * HOUR, dry_run=True).work == 1
+    assert sweep_all(store, drop_work=999 * HOUR).work == 1
     assert names(store) == [lease_name(GC_LEASE)]
 
 
@@ -312,13 +322,17 @@ UNREADABLE = [
 ]
 
 
+REPAIR = "`qlora store verify --repair` moves"
+REMEDIES = {"lease": REPAIR, "work": REPAIR, "stage": REPAIR, "pin": "`qlora store unpin keep`", "ref": "from a backup"}
+
+
 @pytest.mark.parametrize("dry_run", [True, False])
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_record_that_cannot_be_read_stops_it_before_anything_goes(store: Store, name: str, dry_run: bool) -> None:
     publish(store, "sweep", "a")
     store.backend.create(name, b'{"schema_version": 2}')
     before = names(store)
-    with pytest.raises(StoreError, match=f"{name}(?s:.)*Nothing is collected"):
+    with pytest.raises(StoreError, match=f"{name}(?s:.)*Nothing is collected(?s:.)*{REMEDIES[name.split('/')[1]]}"):
         sweep_all(store, dry_run=dry_run)
     assert set(names(store)) - {lease_name(GC_LEASE)} == set(before)
     store.backend.remove(name)
@@ -402,3 +416,19 @@ def test_staging_of_the_dead_goes_and_of_the_living_stays(store: Store, tmp_path
 
 def _age(path: Path, by_s: float) -> None:
     os.utime(path, (time.time() - by_s, time.time() - by_s))
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_artifact_that_is_kept_and_gone_is_told(store: Store, dry_run: bool, caplog: pytest.LogCaptureFixture) -> None:
+    made, there = publish(store, "sweep", "a"), publish(store, "sweep", "b")
+    add_pin(store.backend, "keep", [made.address, there.address])
+    add_ref(store.backend, "model", "assistant/1", [made.address])
+    assert sweep_all(store, dry_run=dry_run).missing == ()
+    store.backend.remove(manifest_name(made.address))
+    report = sweep_all(store, dry_run=dry_run)
+    (told,) = report.missing
+    assert made.address in told
+    assert "pin keep, model assistant/1" in told
+    assert told in caplog.text
+    assert report.to_json()["missing"] == [told]
+    assert is_whole(store, there)

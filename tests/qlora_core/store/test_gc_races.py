@@ -50,7 +50,7 @@ def in_fork(work):
 def collected(root, left):
     store = Store(Mortal(root))
     store.backend.left = left
-    collect(store, keep_last=1, older_than_s=0)
+    collect(store, keep_last=1, older_than_s=0, drop_work_older_than_s=0)
 
 def content(root):
     left_out = ("lock", "tmp", "lease")

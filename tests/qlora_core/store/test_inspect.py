@@ -10,13 +10,15 @@ from qlora_core.errors import StoreError
 from qlora_core.store.artifact import StageKey
 from qlora_core.store.contents import seal
 from qlora_core.store.inventory import list_artifacts, show_artifact
-from qlora_core.store.layout import BLOBS, QUARANTINE, blob_name
+from qlora_core.store.layout import BLOBS, QUARANTINE, VERDICTS, blob_name
 from qlora_core.store.lease import finish
 from qlora_core.store.local import LocalFolder
 from qlora_core.store.manifest import FileEntry, Manifest, new_manifest
-from qlora_core.store.refs import add_pin, add_ref
+from qlora_core.store.refs import add_pin, add_ref, remove_pin, remove_ref
+from qlora_core.store.shelf import Shelf
 from qlora_core.store.store import Store
 from qlora_core.store.verification import verify
+from qlora_core.store.work import WorkArea
 
 
 @pytest.fixture
@@ -172,3 +174,69 @@ def test_verification_does_not_trust_a_folder_that_a_stage_was_given(store: Stor
     os.unlink(blob)  # noqa: PTH108 - the folder's link keeps the file
     assert (artifact.path / "result.json").read_text() == "{}"
     assert not verify(store).ok
+
+
+LEASE, PIN = f"v1/lease/stage/sweep/{'1' * 64}.json", "v1/pin/keep.json"
+REF, SNAPSHOT = f"v1/ref/model/{'2' * 64}.json", "v1/work/sweep/t0/snapshot.json"
+VERDICT = f"v1/verdict/33/{'3' * 64}.json"
+UNSOUND = [LEASE, PIN, REF, SNAPSHOT, VERDICT]
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+def test_unsound_record_is_named_and_hides_nothing_else(store: Store, name: str) -> None:
+    kept = publish(store, "sweep", "a")
+    add_pin(store.backend, "audit", [kept.address])
+    store.backend.create(name, b'{"schema_version": ')
+    rows, faults = list_artifacts(store)
+    assert [(row["key"], row["kept_by"]) for row in rows] == [(kept.key, ["pin audit"])]
+    shown = show_artifact(store, kept.address)
+    assert shown["kept_by"] == ["pin audit"]
+    # What a judge said keeps nothing, and is not read for this.
+    assert list(faults) == list(shown["corrupt"]) == [each for each in [name] if each != VERDICT]
+    found = verify(store)
+    assert [each["name"] for each in found.to_json()["records"]] == [name]
+    assert name in found.records[name]
+    assert not found.ok
+    assert found.set_aside == []
+
+
+def test_repair_moves_what_a_computer_wrote_and_leaves_what_may_keep_something(store: Store) -> None:
+    publish(store, "sweep", "a")
+    for name in UNSOUND:
+        store.backend.create(name, b'{"schema_version": ')
+    found = verify(store, repair=True)
+    assert set(found.set_aside) == {LEASE, SNAPSHOT, VERDICT}
+    assert len(list(store.backend.list(f"{QUARANTINE}/"))) == 3
+    again = verify(store, repair=True)
+    assert set(again.records) == {PIN, REF}
+    assert "`qlora store unpin keep`" in again.records[PIN]
+    assert "from a backup" in again.records[REF]
+    remove_pin(store.backend, "keep")
+    store.backend.remove(REF)
+    assert verify(store).ok
+
+
+def test_sound_records_of_all_kinds_are_not_named(store: Store, tmp_path: Path) -> None:
+    made = publish(store, "sweep", "a")
+    add_pin(store.backend, "audit", [made.address])
+    add_ref(store.backend, "model", "assistant/1", [made.address])
+    Shelf(store.backend, VERDICTS).put("3" * 64, {"slot": "tie"})
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "state.json").write_text("{}")
+    WorkArea(store.backend, "sweep/t0").save(tmp_path / "state", "step-1")
+    with store.leases.attempt(f"stage/evaluate/{'e' * 64}"):
+        assert verify(store).ok
+
+
+def test_what_is_kept_and_gone_is_broken_with_who_names_it(store: Store) -> None:
+    gone, there = publish(store, "sweep", "a"), publish(store, "sweep", "b")
+    add_pin(store.backend, "audit", [gone.address, there.address])
+    add_ref(store.backend, "model", "assistant/1", [gone.address])
+    store.backend.remove(f"{gone.address}/manifest.json")
+    found = verify(store)
+    named = {"address": gone.address, "named_by": ["pin audit", "model assistant/1"]}
+    assert found.to_json()["missing"] == [named]
+    assert not found.ok
+    remove_pin(store.backend, "audit")
+    remove_ref(store.backend, "model", "assistant/1")
+    assert verify(store).ok

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -259,3 +260,28 @@ def test_one_of_fifty_takers_wins_an_expired_lease(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "winners").read_text().split() == ["8"]
+
+
+HIDDEN = """
+import os, sys
+from qlora_core.store.holder import Holder
+holder = Holder.model_validate_json(sys.argv[1])
+gone = holder.model_copy(update={"pid": int(sys.argv[2])})
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+print(os.path.exists(f"/proc/{holder.pid}/stat"), holder.is_dead, gone.is_dead)
+"""
+
+
+def test_process_that_another_user_may_not_see_is_not_taken_for_dead() -> None:
+    unshared = ["unshare", "--mount", "sh", "-c", 'mount -t proc -o hidepid=2 proc /proc && exec "$@"', "sh"]
+    if os.getuid() != 0 or shutil.which("unshare") is None or subprocess.run([*unshared, "true"]).returncode:
+        pytest.skip("needs a process that may mount /proc anew")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    holder = Holder.this_process().model_dump_json()
+    done = subprocess.run(
+        [*unshared, sys.executable, "-c", HIDDEN, holder, str(gone.pid)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "False", "True"]

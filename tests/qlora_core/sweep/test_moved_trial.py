@@ -271,6 +271,77 @@ def test_store_that_answers_slowly_that_it_is_away_is_left_alone_for_a_while(
     assert StoreKeeper(**kept_in(store)).bring_back("t000", tmp_path / "b" / "t000", None) is True
 
 
+@pytest.mark.parametrize("until", [4, STEPS])
+def test_later_checkpoint_that_an_outage_hid_is_not_replaced_by_an_earlier_one(
+    machine: Machine,
+    straight: tuple[Any, bytes],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    until: int,
+) -> None:
+    monkeypatch.setattr("qlora_core.sweep.keeper._QUIET_PER_WAIT", 0.0)
+    store = tmp_path / "store"
+    run(machine(tmp_path / "a", store), trial(), 6)
+    labels: list[str | None] = []
+    outage = broken(store)
+    outage.__enter__()
+    asked = iter(range(STEPS + 1))
+
+    def should_stop() -> bool:
+        if next(asked) == 0:
+            outage.__exit__(None, None, None)
+        labels.append(stored_label(store))
+        return False
+
+    run(machine(tmp_path / "b", store), trial(), until, should_stop=should_stop)
+    assert set(labels[:6]) == {"step-00000006"}
+    assert "has step-00000006 of it" in caplog.text
+    assert stored_label(store) == ("step-00000006" if until == 4 else "step-00000008")
+    progress = run(machine(tmp_path / "c", store), trial())
+    assert (progress.curve, weights(tmp_path / "c")) == (straight[0].curve, straight[1])
+
+
+def test_checkpoint_that_could_not_be_put_here_is_not_replaced_by_an_earlier_one(tmp_path: Path) -> None:
+    from qlora_core.training.checkpoint import Checkpoint
+
+    store = tmp_path / "store"
+    made = {step: tmp_path / "made" / f"step-{step:08d}" for step in (2, 6, 7)}
+    for step, folder in made.items():
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(f"{step}")
+    StoreKeeper(**kept_in(store)).keep("t000", Checkpoint(6, made[6]))
+    keeper, here = StoreKeeper(**kept_in(store)), tmp_path / "b" / "t000"
+    (here / "step-00000006").mkdir(parents=True)
+    (here / "step-00000006" / "in the way").touch()
+    assert keeper.bring_back("t000", here, None) is False
+    keeper._quiet_until = 0.0
+    keeper.keep("t000", Checkpoint(2, made[2]))
+    assert stored_label(store) == "step-00000006"
+    keeper.keep("t000", Checkpoint(7, made[7]))
+    assert stored_label(store) == "step-00000007"
+    # Negative control: what was fetched may be refused, and then an earlier one takes its place.
+    (here / "step-00000006" / "in the way").unlink()
+    assert keeper.bring_back("t000", here, None) is True
+    keeper.keep("t000", Checkpoint(2, made[2]))
+    assert stored_label(store) == "step-00000002"
+
+
+def test_who_is_further_keeps_the_trial_from_one_that_an_outage_left_behind(tmp_path: Path) -> None:
+    from qlora_core.training.checkpoint import Checkpoint
+
+    store = tmp_path / "store"
+    made = {step: tmp_path / "made" / f"step-{step:08d}" for step in (2, 6, 7)}
+    for step, folder in made.items():
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(f"{step}")
+    first, behind = StoreKeeper(**kept_in(store)), StoreKeeper(**kept_in(store))
+    first.keep("t000", Checkpoint(6, made[6]))
+    behind.keep("t000", Checkpoint(2, made[2]))
+    first.keep("t000", Checkpoint(7, made[7]))
+    assert stored_label(store) == "step-00000007"
+
+
 def test_trial_that_another_machine_took_over_ends(
     machine: Machine, straight: tuple[Any, bytes], tmp_path: Path
 ) -> None:

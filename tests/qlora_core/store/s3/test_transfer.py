@@ -291,3 +291,20 @@ def test_two_prefixes_of_one_bucket_are_two_stores(place: Any, send: Any, tmp_pa
     assert list(other.list("v1/blob/")) == []
     with pytest.raises(CorruptArtifactError, match="is missing"):
         other.fetch(entries.values(), AREA)
+
+
+def test_object_of_the_right_size_and_another_digest_is_sent_anew(
+    ministack: Any, send: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = b"what is to be there"
+    entries = send(ministack.machine(), {"a.json": content})
+    entry = entries["a.json"]
+    ministack.client.put_object(
+        Bucket=ministack.bucket, Key=ministack.key(entry), Body=content[::-1], ChecksumAlgorithm="SHA256"
+    )
+    head = ministack.client.head_object(Bucket=ministack.bucket, Key=ministack.key(entry), ChecksumMode="ENABLED")
+    if "ChecksumSHA256" not in head:
+        pytest.skip("this server does not tell the digest")
+    send(ministack.machine(), {"a.json": content})
+    assert "it is sent anew" in caplog.text
+    assert ministack.machine().blob_fault(entry, "v1/blob") is None
