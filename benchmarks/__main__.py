@@ -1,4 +1,4 @@
-"""Runs every benchmark and writes its figures, with the machine's description, to benchmarks/results/."""
+"""Runs every benchmark, or those named, and writes their figures and the machine's to benchmarks/results/."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import warm_start
+from benchmarks import store_transfer, warm_start
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -18,15 +18,17 @@ def machine() -> dict[str, object]:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    packages = ("torch", "transformers", "bitsandbytes")
+    packages = ("torch", "transformers", "bitsandbytes", "boto3", "moto")
     return {"cpu": model, "cores": os.cpu_count(), "packages": {name: version(name) for name in packages}}
 
 
 def main() -> None:
-    """Run them all; one JSON file each."""
+    """Run those that are named on the command line, or all; one JSON file each."""
     RESULTS.mkdir(exist_ok=True)
-    for module in (warm_start,):
+    for module in (warm_start, store_transfer):
         name = module.__name__.rpartition(".")[2]
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         figures = {"machine": machine(), **module.measure()}
         (RESULTS / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
         sys.stdout.write(f"{name}: {json.dumps(figures, indent=1)}\n")
