@@ -32,10 +32,11 @@ def stored(config: Path) -> list[str]:
     """The stages that have an artifact in the project's store, and anything unfinished."""
     root = config.parent / ".qlora" / "v1"
     stages = sorted(path.parent.parent.name for path in root.glob("stage/*/*/manifest.json"))
-    unfinished = [
-        path.name for path in root.glob("*") if path.name not in ("stage", "quarantine") and any(path.iterdir())
-    ]
-    return stages + unfinished
+    # Locks hold nothing, and a lease that was given back stays, so that its token grows.
+    resting = ("stage", "quarantine", "lock", "lease")
+    unfinished = [path.name for path in root.glob("*") if path.name not in resting and any(path.iterdir())]
+    leases = [json.loads(path.read_bytes()) for path in root.glob("lease/**/*.json")]
+    return stages + unfinished + [lease["state"] for lease in leases if lease["state"] != "free"]
 
 
 def replace_rows(config: Path, text: str) -> None:
