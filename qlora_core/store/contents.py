@@ -14,6 +14,7 @@ from qlora_core.store.manifest import PIECE_BYTES, FileEntry, inside_path
 Name = TypeVar("Name")
 
 SYNCS_AT_ONCE = 16
+_BLOCK_BYTES = 256 << 10
 
 # What may cross from one stage to the next. Nothing here can carry code; `.model` and `.tiktoken` are vocabularies.
 ALLOWED_SUFFIXES = frozenset(
@@ -58,14 +59,20 @@ def fingerprint(file: Path) -> FileEntry:
     size_bytes = file.stat().st_size
     if size_bytes <= PIECE_BYTES:
         return FileEntry(sha256=digest_file(file), size_bytes=size_bytes)
-    with file.open("rb") as stream, ThreadPoolExecutor(max_workers=1) as beside:
-        whole = hashlib.sha256(stream.read(PIECE_BYTES))
-        pieces = [whole.hexdigest()]
-        while chunk := stream.read(PIECE_BYTES):
-            # hashlib lets go of the interpreter lock: the piece is hashed on another core meanwhile.
-            piece = beside.submit(hashlib.sha256, chunk)
-            whole.update(chunk)
-            pieces.append(piece.result().hexdigest())
+    whole, piece, pieces, left = hashlib.sha256(), hashlib.sha256(), [], PIECE_BYTES
+    # Small enough to be in the processor's cache still when it is hashed for the second time.
+    block = memoryview(bytearray(_BLOCK_BYTES))
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(block[:left]):
+            whole.update(block[:count])
+            if pieces:  # the first piece is what the whole begins with
+                piece.update(block[:count])
+            left -= count
+            if left == 0:
+                pieces.append((piece if pieces else whole).hexdigest())
+                piece, left = hashlib.sha256(), PIECE_BYTES
+    if left < PIECE_BYTES:
+        pieces.append(piece.hexdigest())
     return FileEntry(sha256=whole.hexdigest(), size_bytes=size_bytes, pieces=tuple(pieces))
 
 
