@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from qlora_core.errors import StoreError
+from qlora_core.errors import StoreError, StoreUnavailableError
 from qlora_core.store.manifest import PIECE_BYTES
 from qlora_core.store.s3.body import FileSlice
 from qlora_core.store.s3.outcome import Outcome, Refused
@@ -76,6 +76,9 @@ class MultipartUpload:
         except Refused as no:
             self._on_ended(no)
             return
+        except StoreUnavailableError as fault:
+            self._on_fault(fault)
+            return
         self._sending.advance(self._length(number))
         with self._changing:
             self._parts[number] = etag
@@ -124,6 +127,8 @@ class MultipartUpload:
                 self._ask("complete_multipart_upload", UploadId=self._upload_id, MultipartUpload={"Parts": parts})
             except Refused as no:
                 self._on_ended(no)
+            except StoreUnavailableError as fault:
+                self._on_fault(fault)
         self._abort(self._surplus)
 
     def _on_ended(self, no: Refused) -> None:
@@ -134,6 +139,15 @@ class MultipartUpload:
             was_ended, self._ended = self._ended, True
         if not was_ended and not self._sending.is_there(self._blob):
             self._sending.again.append(self._blob)
+
+    def _on_fault(self, fault: StoreUnavailableError) -> None:
+        """Some servers stumble over an upload that another machine has completed, each time they are asked for it."""
+        if not self._sending.is_there(self._blob):
+            raise fault
+        with self._changing:
+            was_ended, self._ended = self._ended, True
+        if not was_ended:
+            self._abort([self._upload_id])
 
     def _unfinished(self) -> list[str]:
         """Uploads of this blob that were begun and not completed, the newest first."""

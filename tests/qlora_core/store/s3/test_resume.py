@@ -3,6 +3,7 @@
 import fcntl
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from qlora_core.errors import StoreUnavailableError
 from qlora_core.store.contents import fingerprint
 from qlora_core.store.manifest import PIECE_BYTES, FileEntry
 from qlora_core.store.pool import BlobPool
@@ -186,6 +188,40 @@ def test_lost_answer_to_the_completion_is_no_failure(place: Any, send: Any, smal
     assert len(lost) == 1
     assert place.machine().blob_fault(entry, AREA) is None
     assert place.uploads() == []
+
+
+@pytest.mark.parametrize("is_theirs", [lambda query: "partNumber" in query, lambda query: list(query) == ["uploadId"]])
+def test_server_that_stumbles_over_an_upload_completed_by_others_is_no_failure(
+    moto: Any, send: Any, small_pieces: int, is_theirs: Callable[[Any], bool]
+) -> None:
+    content = random.Random(7).randbytes(2 * small_pieces)
+    other = moto.machine()
+    assert other.read("v1/pin/none.json") is None  # it is connected now, and stays so: past the proxy
+    proxy = moto.behind_proxy()
+
+    def stumble(method: str, key: str, query: Any) -> str | None:
+        if method == "DELETE" or not is_theirs(query):
+            return None
+        if not stumbled:
+            send(other, {"weights.safetensors": content})
+        stumbled.append(method)
+        return "503"
+
+    stumbled: list[str] = []
+    proxy.plan = stumble
+    [entry] = send(moto.machine(deadline_s=1), {"weights.safetensors": content}).values()
+    assert len(stumbled) >= 2
+    assert moto.machine().blob_fault(entry, AREA) is None
+    assert moto.uploads() == []
+
+
+def test_server_that_stumbles_over_an_upload_nobody_has_completed_is_named(
+    moto: Any, send: Any, small_pieces: int
+) -> None:
+    proxy = moto.behind_proxy()
+    proxy.plan = lambda method, key, query: "503" if "partNumber" in query else None
+    with pytest.raises(StoreUnavailableError, match=re.escape(proxy.url)):
+        send(moto.machine(deadline_s=1), {"weights.safetensors": random.Random(8).randbytes(2 * small_pieces)})
 
 
 def test_two_machines_that_send_the_same_blob_leave_one_and_nothing_else(
