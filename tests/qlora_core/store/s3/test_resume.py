@@ -210,7 +210,7 @@ def test_server_that_stumbles_over_an_upload_completed_by_others_is_no_failure(
     stumbled: list[str] = []
     proxy.plan = stumble
     [entry] = send(moto.machine(deadline_s=1), {"weights.safetensors": content}).values()
-    assert len(stumbled) >= 2
+    assert stumbled
     assert moto.machine().blob_fault(entry, AREA) is None
     assert moto.uploads() == []
 
