@@ -11,7 +11,10 @@ from qlora_core.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A usable row left out: by which rule, the id it matched, its length in tokens where that was the reason."""
+    """A usable row left out: by which rule, the id it matched, its length in tokens where that was the reason.
+
+    `score` is what the rule compared with its threshold: a similarity, a coverage, a tag.
+    """
 
     id: str
     source: str
@@ -19,6 +22,7 @@ class Dropped:
     rule: str
     matched_id: str | None = None
     tokens: int | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,10 @@ class Draft:
     category: str | None = None
     licence: str | None = None
     generator: str | None = None
+    language: str | None = None
+    tools: str | None = None
+    rejected: str | None = None
+    group_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,9 @@ class Row:
 
     `id` is the SHA-256 of the messages alone, so it does not depend on where the row was found. `line` counts from 1
     and is the line of the file where the record starts. `trimmed` counts the turns after the last answer that were
-    left out.
+    left out. `tools` is the canonical JSON of the tools a conversation may call; `rejected` the worse answer of a
+    preference pair, whose better one is the last turn; `group_keys` name what the row shares with others that must lie on
+    its side of the split (a tree, a story). `language` is what the data says, not what was measured.
     """
 
     id: str
@@ -63,6 +69,10 @@ class Row:
     licence: str | None = None
     generator: str | None = None
     trimmed: int = 0
+    language: str | None = None
+    tools: str | None = None
+    rejected: str | None = None
+    group_keys: tuple[str, ...] = ()
 
     @property
     def opening(self) -> str:
@@ -115,6 +125,10 @@ def make_row(draft: Draft, source: str, line: int) -> Row:
         licence=draft.licence,
         generator=draft.generator,
         trimmed=len(messages) - len(kept),
+        language=draft.language,
+        tools=draft.tools,
+        rejected=draft.rejected,
+        group_keys=draft.group_keys,
     )
 
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol, TypeVar
 
-from qlora_core.config.data import SplitConfig
+from qlora_core.config.curation import SplitConfig
 from qlora_core.data.row import Message
 from qlora_core.data.text_form import folded
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_core.config.data import DataConfig, SplitConfig
+from qlora_core.config.curation import SplitConfig
+from qlora_core.config.data import DataConfig
 from qlora_core.data.chat_template import load_chat_tokenizer
 from qlora_core.data.curate import curate
 from qlora_core.data.dataset import read_prompts, read_split
