@@ -106,6 +106,9 @@ class SelectionConfig(Section):
     clusters: int = Field(default=64, ge=1, description="groups of like prompts that share the budget")
     quality: str = Field(default="tokens", description="the numeric tag by which rows of a group are ranked")
     prefer: Literal["high", "low"] = "high"
+    train_on: Literal["chosen", "control"] = Field(
+        default="chosen", description="which of the two is the training side; the other is written beside it"
+    )
     seed: int = Field(default=0, ge=0)
 
 
@@ -122,6 +125,9 @@ class SplitConfig(Section):
     validation: float = Field(default=0.1, gt=0, lt=1, description="share that steers the sweep")
     test: float = Field(default=0.1, gt=0, lt=1, description="share that is looked at once, by evaluation")
     salt: str = Field(default="qlora", description="change it to draw another split")
+    earlier: str | None = Field(
+        default=None, description="an earlier curated folder: its rows keep their sides, and new rows give way to them"
+    )
 
     @model_validator(mode="after")
     def _leave_something_to_train_on(self) -> "SplitConfig":

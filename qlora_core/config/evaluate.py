@@ -50,6 +50,6 @@ class EvaluateConfig(Section):
     seed: int = Field(default=0, ge=0)
     prompt_sets: list[str] = Field(
         default_factory=list,
-        description="files or folders of evaluation items (GSM8K, MMLU, MT-bench, ...); curation keeps them out of the data",
+        description="files or folders of evaluation items (GSM8K, MMLU, MT-bench, ...) to keep out of the data",
     )
     judge: JudgeConfig = JudgeConfig()

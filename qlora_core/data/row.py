@@ -57,8 +57,8 @@ class Row:
     `id` is the SHA-256 of the messages alone, so it does not depend on where the row was found. `line` counts from 1
     and is the line of the file where the record starts. `trimmed` counts the turns after the last answer that were
     left out. `tools` is the canonical JSON of the tools a conversation may call; `rejected` the worse answer of a
-    preference pair, whose better one is the last turn; `group_keys` name what the row shares with others that must lie on
-    its side of the split (a tree, a story). `language` is what the data says, not what was measured.
+    preference pair, whose better one is the last turn; `group_keys` name what the row shares with others that must lie
+    on its side of the split (a tree, a story). `language` is what the data says, not what was measured.
     """
 
     id: str
@@ -116,6 +116,7 @@ def make_row(draft: Draft, source: str, line: int) -> Row:
         raise RowError("no opening user turn: the assistant speaks first")
     if not any(message.train for message in kept):
         raise RowError("nothing to train: every assistant turn has weight 0")
+    _check_labels(draft)
     return Row(
         id=row_id(kept),
         messages=kept,
@@ -138,7 +139,22 @@ def _check_turn(number: int, message: Message) -> None:
         raise RowError(f"{kind}: turn {number} ({message.role}) holds no text")
     if message.role == "system" and number > 1:
         raise RowError(f"misplaced system turn: turn {number}; only the first turn may be the system's")
-    if LONE_SURROGATE.search(message.content):
-        raise RowError(f"invalid text: turn {number} ({message.role}) holds half of a surrogate pair")
+    if fault := _text_fault(message.content):
+        raise RowError(f"invalid text: turn {number} ({message.role}) holds {fault}")
     if message.train and message.role != "assistant":
         raise RowError(f"wrong weight: turn {number} ({message.role}) asks for loss; only assistant turns are trained")
+
+
+def _check_labels(draft: Draft) -> None:
+    for name in ("category", "licence", "generator", "language", "tools", "rejected", "group_keys"):
+        value = getattr(draft, name)
+        for text in (value or "",) if name != "group_keys" else value:
+            if fault := _text_fault(text):
+                raise RowError(f"invalid text: {name} holds {fault}")
+
+
+def _text_fault(text: str) -> str | None:
+    # NUL ends a text for much of what reads it later: C libraries, numpy, databases.
+    if "\0" in text:
+        return "a NUL character"
+    return "half of a surrogate pair" if not text.isascii() and LONE_SURROGATE.search(text) else None

@@ -4,9 +4,11 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qlora_core.config.curation import ReadersConfig
 from qlora_core.data.reading import SourceReading, check_quarantine, read_source
 from qlora_core.data.source_files import SourceFile
 from qlora_core.errors import DataError
@@ -14,8 +16,8 @@ from qlora_core.errors import DataError
 WriteJsonl = Callable[..., Path]
 
 
-def read(path: Path) -> SourceReading:
-    return read_source(SourceFile(path.name, path))
+def read(path: Path, **settings: Any) -> SourceReading:
+    return read_source(SourceFile(path.name, path), ReadersConfig(**settings))
 
 
 def turns(reading: SourceReading, row: int = 0) -> list[tuple[str, str, bool]]:
@@ -255,7 +257,7 @@ BROKEN_FILES = [
     (b'[{"prompt": "a", "response": "b"}, {"prompt"', "cannot be read as JSON"),
     (b'[\n{"prompt": "a", "response": "b"},\n{"prompt": "c", "response": "d"}\n', "cannot be read as JSON"),
     (b"PK\x03\x04 no text at all", "cannot be read as JSON"),
-    (b"Type,Question\na,b\n", "cannot be read as JSON"),
+    (b"Type,Shape\na,b\n", "in no known format"),
     (gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 50, mtime=0)[:-12], "damaged gzip"),
 ]
 
