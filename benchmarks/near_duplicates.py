@@ -28,7 +28,7 @@ from qlora_core.data.text_form import folded
 from qlora_core.data.wrappers import find_preambles
 
 ROWS = 100_000
-ROUNDS = 1
+ROUNDS = 2
 SIGNATURE_ROWS = 3_000
 SIGNATURE_ROUNDS = 5
 MIN_AGREEMENT = 0.99

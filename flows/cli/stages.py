@@ -130,6 +130,9 @@ def _say_funnel(report: Report, curation: dict[str, Any]) -> None:
     for source, counts in [*curation["by_source"].items(), ("all", curation["rows"])]:
         cells = (counts[name] for name in ("in", "kept", "dropped", "quarantined"))
         report.say(f"{source:<40} " + " ".join(f"{cell:>8}" for cell in cells))
+        if counts.get("rule"):
+            found = ", ".join(f"{name} {count}" for name, count in counts["rule_counts"].items())
+            report.say(f"  {counts['rule']}: {found}")
     for name in ("reasons", "quarantine_reasons"):
         what = "dropped" if name == "reasons" else "quarantined"
         for rule, count in sorted(curation[name].items()):

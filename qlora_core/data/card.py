@@ -4,7 +4,7 @@ It is written from `curation.json` alone, whose keys are (those marked * are alw
 where the part was off, and the card says so):
 
 - rows*: {in, kept, dropped, quarantined}; splits*: {train, validation, test}, in rows
-- by_source*: {source: {in, kept, dropped, quarantined, format, trimmed, rule?, reasons?: {rule: rows},
+- by_source*: {source: {in, kept, dropped, quarantined, format, trimmed, rule?, rule_counts?, reasons?: {rule: rows},
   tokens?: {kept}}}
 - reasons*: {rule: dropped rows}; quarantine_reasons*: {kind: records}; reason_tokens: {rule: tokens of those measured}
 - tokens*: {total, trained} of the kept rows; max_tokens*: the window; digest*: the content digest
@@ -124,7 +124,7 @@ def _sources(curation: Mapping[str, Any], config: Mapping[str, Any]) -> list[str
     lines = ["## Sources", "", *_table(["source", "format", *COUNTS, "licences of kept rows"], rows, numbers=COUNTS)]
     for name, counts in curation["by_source"].items():
         if counts.get("rule"):
-            lines.append(f"- {_cell(name)}: {_cell(counts['rule'])}")
+            lines.append(f"- {_cell(name)}: {_cell(counts['rule'])}; {_counted(counts.get('rule_counts'))}")
         if counts.get("trimmed"):
             lines.append(f"- {_cell(name)}: in {counts['trimmed']} rows the turns after the last answer were trimmed")
     generators = curation.get("generators")

@@ -61,7 +61,7 @@ def make_funnel(readings: Sequence[SourceReading], kept_sources: Sequence[str], 
             raise DataError(
                 f"rows of {reading.name} went missing: {counts}. This is a fault in curation; please report it"
             )
-        extra = {"rule": reading.rule} if reading.rule else {}
+        extra = {"rule": reading.rule, "rule_counts": dict(reading.rule_counts)} if reading.rule else {}
         by_source[reading.name] = {**counts, "format": reading.format, "trimmed": reading.trimmed, **extra}
     totals = {
         part: sum(counts[part] for counts in by_source.values()) for part in ("in", "kept", "dropped", "quarantined")

@@ -157,12 +157,6 @@ class SplitWriter:
             )
 
 
-def write_rows(path: Path, rows: Sequence[MaskedRow]) -> None:
-    """A whole side that is in memory, by rising id, as the shards of `path`'s name."""
-    with SplitWriter(path.parent, path.stem, len(rows), max(1, len(rows))) as writer:
-        writer.write(rows)
-
-
 def _columns(rows: Sequence[MaskedRow]) -> dict[str, list[Any]]:
     """ROW_SCHEMA's columns; `prompt` and `reference` are those of the last trained answer."""
     last = [masked.turns[-1] for masked in rows]

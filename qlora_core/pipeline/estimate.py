@@ -49,7 +49,7 @@ def estimate_memory(pipeline: Pipeline) -> dict[str, int | str]:
     """Bytes of one worker for its largest trial; a note instead where the base has yet to be made.
 
     Keys: `quantized_base_bytes`, `adapter_bytes` (float32 weights and gradients), `optimizer_bytes`, `logits_bytes`
-    (one micro-batch of the longest rows or packs, float32, with its gradient), `floor_bytes`, their sum: no activations.
+    (one micro-batch of the longest rows or packs, float32, with its gradient), `floor_bytes`, the sum: no activations.
     """
     base = pipeline.job.external_base
     if base is None:

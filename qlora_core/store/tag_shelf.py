@@ -1,19 +1,17 @@
 """Tag segments in a store, so that every machine finds what one of them has tagged. Knows nothing of their content.
 
 They lie beside artifacts, in `layout.TAGS`: garbage collection, which goes by manifests, neither needs nor touches
-them. A tagger that changed has another fingerprint, under which nothing is yet; what lies under the old one can be
-removed at any time (`remove_unused`), at the price of tagging anew.
+them. A tagger that changed has another fingerprint, under which nothing is yet. Whatever lies there can be removed at
+any time, at the price of tagging anew.
 """
 
 import logging
-from collections.abc import Container
-from datetime import datetime
 
-from qlora_core.errors import StoreError, StoreUnavailableError
-from qlora_core.store.backend import Backend
+from qlora_core.digest import digest_bytes
+from qlora_core.errors import CorruptArtifactError, StoreError, StoreUnavailableError
+from qlora_core.store.backend import Backend, Record
 from qlora_core.store.layout import TAGS
 from qlora_core.store.quarantine import set_record_aside
-from qlora_core.store.roots import age_s
 
 logger = logging.getLogger(__name__)
 
@@ -60,17 +58,11 @@ class StoreTagShelf:
         except StoreError as error:
             logger.warning("%s is not moved to quarantine: %s", whole, error)
 
-    def remove_unused(self, used: Container[str], older_than_s: float, now: datetime) -> int:
-        """Remove the segments of taggers whose fingerprint is not among `used`, if they are older; returns how many.
 
-        `now` is by the clock of the place. A run that tags with an old tagger meanwhile tags anew, no more.
-        """
-        gone = 0
-        for each in list(self._backend.list(f"{TAGS}/")):
-            fingerprint = each.name.removeprefix(f"{TAGS}/").partition("/")[0]
-            if fingerprint not in used and age_s(each, now) >= older_than_s:
-                gone += self._backend.remove(each.name)
-        return gone
+def check_segment(record: Record, name: str) -> None:
+    """Raises CorruptArtifactError unless the record has the digest that its name says."""
+    if digest_bytes(record.data) != name.rpartition("/")[2].partition(".")[0]:
+        raise CorruptArtifactError(f"{name} is damaged")
 
 
 def _name(fingerprint: str, name: str) -> str:

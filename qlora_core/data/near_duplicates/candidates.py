@@ -9,6 +9,8 @@ from qlora_core.data.near_duplicates import kernels
 # All pairs of a bucket up to this size are compared; a larger one is compared with representatives, so that rows that
 # share one band cannot make the work grow with the square of their number.
 MAX_BUCKET = 64
+# Pairs of several bands that wait to be made distinct: 32 MiB.
+MOST_WAITING = 1 << 22
 LOW_HALF = np.uint64(0xFFFF_FFFF)
 
 
@@ -36,14 +38,17 @@ def find_candidates(band_hashes: np.ndarray, ranks: np.ndarray, max_bucket: int 
 
     Each pair comes once, in ascending order. A set of members that falls together in several bands is one bucket.
     """
-    pairs = np.zeros(0, np.uint64)
+    parts = [np.zeros(0, np.uint64)]
     large: dict[bytes, np.ndarray] = {}
     for hashes in band_hashes:
         order = np.argsort(hashes, kind="stable")
         members = ranks[order]
         found, buckets = kernels.bucket_pairs(hashes[order], members, max_bucket)
-        pairs = np.union1d(pairs, found) if len(found) else pairs
+        parts.append(found)
+        if sum(map(len, parts[1:])) > MOST_WAITING:
+            parts = [np.unique(np.concatenate(parts))]
         for start, stop in buckets.tolist():
             large.setdefault(members[start:stop].tobytes(), members[start:stop].copy())
+    pairs = np.unique(np.concatenate(parts))
     left, right = (pairs >> np.uint64(32)).astype(np.int64), (pairs & LOW_HALF).astype(np.int64)
     return Candidates(left, right, sorted(large.values(), key=lambda bucket: (-len(bucket), *bucket[:1].tolist())))

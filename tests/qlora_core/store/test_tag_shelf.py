@@ -1,7 +1,5 @@
 """Tag segments in a store: found by others, never believed unread, left alone by garbage collection."""
 
-import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -64,18 +62,21 @@ def test_a_damaged_segment_goes_to_quarantine(store: Store, tmp_path: Path, capl
     assert [each.name for each in store.backend.list(f"{QUARANTINE}/") if file.name in each.name]
 
 
-def test_garbage_collection_and_verification_leave_tags_alone(store: Store) -> None:
+def test_garbage_collection_leaves_tags_alone(store: Store) -> None:
     append(store, ONE, 1)
     report = collect(store, keep_last=0, older_than_s=0)
     assert (report.blobs, report.leftovers) == (0, 0)
-    assert verify(store).ok
     assert lookup(store, ONE, 1) == [1]
 
 
-def test_segments_of_taggers_no_longer_used_can_be_removed(store: Store) -> None:
+def test_verification_names_a_damaged_segment_and_repair_takes_it_away(store: Store, tmp_path: Path) -> None:
     append(store, ONE, 1)
     append(store, OTHER, 1)
-    shelf, now = StoreTagShelf(store.backend), datetime.fromtimestamp(time.time() + 60, UTC)
-    assert shelf.remove_unused({ONE}, older_than_s=3600, now=now) == 0
-    assert shelf.remove_unused({ONE}, older_than_s=30, now=now) == 1
-    assert (lookup(store, ONE, 1), lookup(store, OTHER, 1)) == ([1], [])
+    assert verify(store).ok
+    (file,) = (tmp_path / "store" / TAGS / ONE).glob("*.parquet")
+    file.chmod(0o644)
+    file.write_bytes(file.read_bytes()[:-1])
+    found = verify(store, repair=True)
+    assert [name.rpartition("/")[2] for name in found.records] == [file.name]
+    assert not file.exists()
+    assert (lookup(store, ONE, 1), lookup(store, OTHER, 1)) == ([], [1])
