@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import near_duplicates, store_transfer, tag_cache, warm_start
+from benchmarks import curate_scale, near_duplicates, store_transfer, tag_cache, warm_start
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -25,7 +25,7 @@ def machine() -> dict[str, object]:
 def main() -> None:
     """Run those that are named on the command line, or all; one JSON file each."""
     RESULTS.mkdir(exist_ok=True)
-    for module in (warm_start, store_transfer, near_duplicates, tag_cache):
+    for module in (warm_start, store_transfer, near_duplicates, tag_cache, curate_scale):
         name = module.__name__.rpartition(".")[2]
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue

@@ -74,7 +74,7 @@ def _rows(count: int) -> RowStore:
 def _edited(row: Row, copy: int) -> Row:
     last = dataclasses.replace(row.messages[-1], content=f"{row.messages[-1].content} Again {copy}.")
     messages: Sequence[Any] = (*row.messages[:-1], last)
-    return dataclasses.replace(row, messages=tuple(messages), id=row_id(messages))
+    return dataclasses.replace(row, messages=tuple(messages), id=row_id(messages, row.tools, row.rejected))
 
 
 def _timed(work: Callable[[], TagTable]) -> tuple[TagTable, float, float]:

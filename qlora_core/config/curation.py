@@ -76,7 +76,7 @@ class PolicyConfig(Section):
 class NearDuplicatesConfig(Section):
     """MinHash proposes pairs, exact Jaccard similarity of word shingles decides."""
 
-    action: Literal["keep_one", "drop_all", "report", "off"] = "keep_one"
+    action: Literal["keep_one", "drop_all", "report", "none"] = "keep_one"
     threshold: float = Field(default=0.8, gt=0, le=1, description="Jaccard similarity from which two rows are one")
     shingle_words: int = Field(default=5, ge=1)
     permutations: int = Field(default=128, ge=16, le=512)

@@ -16,7 +16,8 @@ where the part was off, and the card says so):
   text?}]}
 - contamination: {action, sets: [{name, items, items_hit, rows_hit, rows_dropped}], hits: [{item, set, row, source,
   line, kind, coverage, item_span, row_span, text, dropped}]}: the first hits, spans in words
-- tags: {name: {failed, flagged}} or {name: {failed, quantiles: {p50: value}}}
+- tags: {name: {missing, flagged}}, {name: {missing, quantiles: {p50: value}}} or {name: {missing, values: {value:
+  rows}}}; config*: the `data` section without its paths
 - groups: {groups, largest}, of rows that must share a side
 - packing: what `packing_summary` gives; selection: {budget_rows, rows, tokens, control_rows, control_tokens, quality}
 """
@@ -188,7 +189,7 @@ def _personal_data(curation: Mapping[str, Any], config: Mapping[str, Any]) -> li
 def _near_duplicates(curation: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     found = curation.get("near_duplicates")
     lines = ["## Near-duplicates", ""]
-    if not found or found.get("action") == "off":
+    if not found or found.get("action") == "none":
         return [*lines, "They were not looked for.", ""]
     lines.append(
         f"Exact Jaccard similarity of word shingles from {found['threshold']:g}, action {found['action']}: "
@@ -268,9 +269,11 @@ def _tags(curation: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
         return ["## Tags", "", "Nothing was measured on the rows.", ""]
     rows = []
     for name, found in tags.items():
-        said = f"flagged {found['flagged']}" if "flagged" in found else _counted(found.get("quantiles"))
-        rows.append([name, said, found.get("failed", 0)])
-    return ["## Tags", "", *_table(["tag", "rows or quantiles", "failed"], rows, numbers=("failed",)), ""]
+        known = found.get("quantiles") or found.get("values")
+        said = f"flagged {found['flagged']}" if "flagged" in found else _counted(known)
+        rows.append([name, said, found.get("missing", 0)])
+    header = ["tag", "rows flagged, quantiles, or values", "rows without it"]
+    return ["## Tags", "", *_table(header, rows, numbers=header[-1:]), ""]
 
 
 def _gaps(curation: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
@@ -280,7 +283,7 @@ def _gaps(curation: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
         "near_duplicates": "near-duplicates",
         "contamination": "overlap with evaluation sets",
     }
-    off = [name for key, name in unseen.items() if not curation.get(key) or curation[key].get("action") == "off"]
+    off = [name for key, name in unseen.items() if not curation.get(key) or curation[key].get("action") == "none"]
     licences = curation.get("licences")
     missing = sum(counts.get(NOT_STATED, 0) for counts in (licences or {}).values())
     unstated = "they were not counted" if licences is None else f"{missing} kept rows state none"

@@ -5,12 +5,13 @@ nothing of how one works.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from qlora_core.config.data import DataConfig
 from qlora_core.data.card import make_card
@@ -25,7 +26,7 @@ from qlora_core.data.loss_mask import encode_proven
 from qlora_core.data.near_duplicates.find import NearDuplicates, drop_near_duplicates
 from qlora_core.data.packing import sequence_tokens
 from qlora_core.data.placement import Placement, place_rows, read_earlier
-from qlora_core.data.policy import decide
+from qlora_core.data.policy import check_score_names, decide
 from qlora_core.data.proof_tags import check_proofs, is_over_long, prove_rows
 from qlora_core.data.reading import SourceReading, check_quarantine, read_sources
 from qlora_core.data.redaction import Redactor, redact_rows
@@ -38,6 +39,7 @@ from qlora_core.data.split import SIDES, Side
 from qlora_core.data.tables import write_dropped, write_quarantine
 from qlora_core.data.tags.cache import TagCache
 from qlora_core.data.tags.configured import configured_taggers
+from qlora_core.data.tags.language import check_language_codes
 from qlora_core.data.tags.proof import ProofTagger
 from qlora_core.data.tags.run import tag_rows
 from qlora_core.data.tags.tagger import Tagger
@@ -45,12 +47,13 @@ from qlora_core.data.token_files import write_packed, write_sides
 from qlora_core.data.tokenizer_proof import check_tokenizer
 from qlora_core.data.window import fit
 from qlora_core.digest import canonical_json
-from qlora_core.errors import DataError
+from qlora_core.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
 # The first rows may hold a clump of odd ones; a template that fails on half of them is wrong.
 FIRST_ROWS = 256
+BATCH_ROWS = 512
 MAX_UNPROVEN_AT_FIRST = 0.5
 
 
@@ -92,35 +95,54 @@ def curate(
     Raises DataError for files and rows that cannot be used and for a split that ends up empty, MaskError for a chat
     template whose mask cannot be proven or a tokenizer that loses text, ModelError for an unusable tokenizer.
     """
-    readings = read_sources(list_source_files(sources, announce=True), config.readers)
-    check_quarantine(readings, config.max_quarantined_share)
-    items = read_eval_sets(list_source_files(prompt_sets)) if prompt_sets else []
-    source_order = {reading.name: place for place, reading in enumerate(readings)}
     chat = load_chat_tokenizer(tokenizer_folder, chat_template)
     limit = min(config.max_tokens, max_positions)
-    if config.packing.enabled:
-        sequence_tokens(config.packing.tokens, limit)
+    taggers = _taggers(config, chat, tokenizer_folder, max_positions)
+    _check_settings(config, taggers, limit)
+    earlier_ids = read_earlier(earlier) if earlier else None
+    items = read_eval_sets(list_source_files(prompt_sets, setting="evaluate.prompt_sets")) if prompt_sets else []
+    readings = read_sources(list_source_files(sources, announce=True), config.readers)
+    check_quarantine(readings, config.max_quarantined_share)
+    source_order = {reading.name: place for place, reading in enumerate(readings)}
 
     redactor = Redactor(config.policy, config.tags.allow)
     remaining = Remaining(RowStore(redact_rows(_all_rows(readings), redactor)))
-    remaining.keep(*drop_duplicates(remaining.rows, source_order))
+    remaining.keep(*drop_duplicates(remaining.rows, source_order, earlier_ids))
     _check_not_empty(remaining, readings)
     _check_first_rows(chat, remaining.rows)
-    taggers = _taggers(config, chat, tokenizer_folder, max_positions)
     remaining.tags = tag_rows(remaining.rows, taggers, tag_cache)
     _keep_provable(chat, remaining, limit, config)
     remaining.keep(*decide(remaining.rows, remaining.tags, config.policy))
     contamination = decontaminate(remaining.rows, items, config.decontaminate)
     remaining.keep(contamination.kept, contamination.dropped)
-    near = drop_near_duplicates(remaining.rows, source_order, config.near_duplicates)
+    near = drop_near_duplicates(remaining.rows, source_order, config.near_duplicates, earlier=earlier_ids)
     remaining.keep(near.kept, near.dropped)
-    placement = place_rows(remaining.rows, config.split, near.cluster_of[near.kept], earlier and read_earlier(earlier))
+    placement = place_rows(remaining.rows, config.split, near.cluster_of[near.kept], earlier_ids)
     remaining.dropped += placement.dropped
     sides = {str(side): positions for side, positions in placement.sides.items()}
     selection = _select(remaining, sides, limit, config)
 
     found = Curated(readings, remaining, placement, sides, redactor, contamination, near, selection, limit)
     return _write(out, found, chat, config)
+
+
+def _check_settings(config: DataConfig, taggers: Sequence[Tagger], limit: int) -> None:
+    """What names a tag or a language is checked before anything is read. Raises ConfigError, DataError for packing."""
+    numeric = [
+        column.name
+        for tagger in taggers
+        for column in tagger.schema
+        if pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+    ]
+    check_score_names(config.policy, numeric)
+    check_language_codes(config.policy.languages, "data.policy.languages")
+    if config.selection.budget_rows is not None and config.selection.quality not in numeric:
+        raise ConfigError(
+            f"data.selection.quality: there is no numeric tag {config.selection.quality!r}; there are "
+            f"{', '.join(sorted(numeric))}"
+        )
+    if config.packing.enabled:
+        sequence_tokens(config.packing.tokens, limit)
 
 
 def _all_rows(readings: Sequence[SourceReading]) -> RowStore:
@@ -171,9 +193,15 @@ def _keep_provable(chat: ChatTokenizer, remaining: Remaining, limit: int, config
     _log_refusals(proofs.column("detail").take(gone).to_pylist(), dropped)
     remaining.keep(np.flatnonzero(rules == None), dropped)  # noqa: E711
     long = np.flatnonzero(remaining.numbers("tokens") > limit)
-    cut = [fit(masked, limit, "cut") for masked in encode_proven(chat, remaining.rows.select(long))]
     # What follows compares rows as they will be trained.
-    remaining.replace([masked.row for masked in cut if masked is not None], long)
+    remaining.replace(long, _cut_rows(chat, remaining.rows.select(long), limit))
+
+
+def _cut_rows(chat: ChatTokenizer, rows: Sequence[Row], limit: int) -> Iterator[Row]:
+    for start in range(0, len(rows), BATCH_ROWS):
+        for masked in encode_proven(chat, rows[start : start + BATCH_ROWS]):
+            fitted = fit(masked, limit, "cut")
+            yield masked.row if fitted is None else fitted.row
 
 
 def _log_refusals(details: Sequence[str | None], dropped: Sequence[Dropped]) -> None:
@@ -231,8 +259,6 @@ def _clusters(stored: Sequence[Row], found: Curated, config: DataConfig) -> np.n
     """The near-duplicate clusters of the written rows, found anew; what is taken off them was learnt before."""
     places: dict[str, int] = {side: place for place, side in enumerate(SIDES)}
     settings = config.near_duplicates
-    if settings.action == "report":
-        settings = settings.model_copy(update={"action": "off"})
     return drop_near_duplicates(stored, places, settings, found.near.preambles).cluster_of
 
 

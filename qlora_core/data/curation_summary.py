@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from qlora_core.data.card import QUANTILES, summarise_lengths
 from qlora_core.data.chat_template import ChatTokenizer
 from qlora_core.data.ledger import Funnel
 from qlora_core.data.split import SIDES
+from qlora_core.data.tags.personal_data import Recogniser
 from qlora_core.data.tags.table import TagTable
 from qlora_core.data.token_files import WrittenSide
 
@@ -37,8 +38,11 @@ def summarize(
     """The document; `card.py` says what each key holds."""
     sides = [written[side] for side in SIDES]
     lengths = np.array([length for side in sides for length in side.lengths], np.int64)
-    tags = found.remaining.tags
+    tags = found.remaining.tags.take(np.concatenate([found.sides[side] for side in SIDES]))
+    # Labels come from the data too, and may hold what belongs in no report.
+    mask = Recogniser(config.tags.allow).masked
     return {
+        "config": config.model_dump(mode="json", exclude={"sources", "chat_template"}),
         "rows": dict(funnel.rows),
         "splits": {side: len(written[side].ids) for side in SIDES},
         "by_source": _by_source(found, funnel, sides),
@@ -50,17 +54,17 @@ def summarize(
         "chat_template": {"origin": chat.origin, "stop_token": chat.stop_token, "bos_added": chat.bos_added},
         "max_tokens": found.limit,
         "languages": _counts(tags, "language"),
-        "licences": _licences(sides),
-        "generators": _ranked(sum((side.generators for side in sides), Counter())),
+        "licences": {source: _named(counts, mask) for source, counts in _licences(sides).items()},
+        "generators": _named(sum((side.generators for side in sides), Counter()), mask),
         "reason_tokens": _reason_tokens(found),
-        "personal_data": _personal_data(found, config),
+        "personal_data": _personal_data(found, tags, config),
         "near_duplicates": {
             "action": config.near_duplicates.action,
             "threshold": config.near_duplicates.threshold,
             **found.near.summary(),
         },
         "contamination": _contamination(found, config),
-        "tags": {name: _described(tags.table.column(name)) for name in written["train"].tags},
+        "tags": {name: _described(tags.table.column(name), mask) for name in written["train"].tags},
         "groups": {
             "groups": found.placement.groups,
             "largest": [asdict(group) for group in found.placement.largest_groups],
@@ -90,12 +94,12 @@ def _content_digest(written: Mapping[str, WrittenSide]) -> str:
     return digest.hexdigest()
 
 
-def _licences(sides: list[WrittenSide]) -> dict[str, dict[str, int]]:
+def _licences(sides: list[WrittenSide]) -> dict[str, Counter[str]]:
     counts: dict[str, Counter[str]] = {}
     for side in sides:
         for source, found in side.licences.items():
             counts.setdefault(source, Counter()).update(found)
-    return {source: _ranked(found) for source, found in sorted(counts.items())}
+    return dict(sorted(counts.items()))
 
 
 def _reason_tokens(found: "Curated") -> dict[str, int]:
@@ -106,10 +110,9 @@ def _reason_tokens(found: "Curated") -> dict[str, int]:
     return _ranked({rule: count for rule, count in tokens.items() if count})
 
 
-def _personal_data(found: "Curated", config: DataConfig) -> dict[str, Any] | None:
+def _personal_data(found: "Curated", tags: TagTable, config: DataConfig) -> dict[str, Any] | None:
     """Values by type in the rows that stayed, and what was replaced in rows before; None where nobody looked."""
     actions = {"personal_data": config.policy.personal_data, "secrets": config.policy.secrets}
-    tags = found.remaining.tags
     if not config.tags.personal_data and "redact" not in actions.values():
         return None
     counts, rows = Counter[str](), 0
@@ -117,7 +120,6 @@ def _personal_data(found: "Curated", config: DataConfig) -> dict[str, Any] | Non
         for name in actions:
             entries = tags.table.column(name).drop_null().to_pylist()
             rows += sum(bool(found_here) for found_here in entries)
-            counts.update({one["type"]: 0 for found_here in entries for one in found_here})
             for found_here in entries:
                 counts.update({one["type"]: one["count"] for one in found_here})
     redacted = {"rows": found.redactor.rows, "counts": _ranked(found.redactor.counts)}
@@ -149,14 +151,14 @@ def _contamination(found: "Curated", config: DataConfig) -> dict[str, Any]:
     }
 
 
-def _described(column: pa.ChunkedArray) -> dict[str, Any]:
+def _described(column: pa.ChunkedArray, mask: Callable[[str], str]) -> dict[str, Any]:
     """How many rows lack the tag, and how many it flags, its quantiles, or its commonest values."""
     known: dict[str, Any] = {"missing": column.null_count}
     if pa.types.is_boolean(column.type):
         return {**known, "flagged": int(pc.call_function("sum", [column.cast(pa.int64())]).as_py() or 0)}
     values = column.drop_null()
     if pa.types.is_string(column.type):
-        return {**known, "values": dict(Counter(values.to_pylist()).most_common(SHOWN_VALUES))}
+        return {**known, "values": _named(dict(Counter(values.to_pylist()).most_common(SHOWN_VALUES)), mask)}
     numbers = values.cast(pa.float64()).to_numpy()
     quantiles = {name: float(np.quantile(numbers, share)) for name, share in QUANTILES.items() if len(numbers)}
     return {**known, "quantiles": {name: round(value, 6) for name, value in quantiles.items()}}
@@ -184,6 +186,14 @@ def _selection(found: "Curated", config: DataConfig) -> dict[str, Any] | None:
         "whole_pool": selection.whole_pool,
         "clusters": [asdict(cluster) for cluster in selection.clusters[:SHOWN_CLUSTERS]],
     }
+
+
+def _named(counts: Mapping[str, int], mask: Callable[[str], str]) -> dict[str, int]:
+    """The counts under names without secrets and personal data."""
+    named = Counter[str]()
+    for name, count in counts.items():
+        named[mask(name)] += count
+    return _ranked(named)
 
 
 def _ranked(counts: Mapping[str, int]) -> dict[str, int]:

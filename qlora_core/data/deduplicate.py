@@ -3,10 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from qlora_core.data.ledger import Dropped
 from qlora_core.data.row import Row
+from qlora_core.data.split import Side
 from qlora_core.data.text_form import spaced
 
 # White space to `str.split`, so no spaced text holds it.
@@ -15,15 +18,18 @@ ID_BYTES = 64
 NO_FIELDS = (None, None, None, None, None, ())
 
 
-def drop_duplicates(rows: Sequence[Row], source_order: Mapping[str, int]) -> tuple[np.ndarray, list[Dropped]]:
+def drop_duplicates(
+    rows: Sequence[Row], source_order: Mapping[str, int], earlier: Mapping[Side, pa.Array] | None = None
+) -> tuple[np.ndarray, list[Dropped]]:
     """One row of every group that says the same, and the others with the id of the one kept.
 
-    Two rows say the same if their `conversation_key` is equal, and the rejected answer of a preference pair too; they
-    are compared by 128-bit hashes. Equal prompts with other answers are not duplicates. Returns the positions (int64)
-    in `rows` of the survivors, best first by `Survival`'s order, so that shuffling the lines of a file changes nothing
-    that is kept. `rows` is gone through once; no rows give no positions.
+    Two rows say the same if their `conversation_key` is equal, their tools are, and the rejected answer of a preference
+    pair too; they are compared by 128-bit hashes. Equal prompts with other answers are not duplicates. Returns the
+    positions (int64) in `rows` of the survivors, best first by `Survival`'s order, so that shuffling the lines of a
+    file changes nothing that is kept. `earlier` (ids by side, see `placement.read_earlier`) names the rows of a set
+    curated before, which survive new ones. `rows` is gone through once; no rows give no positions.
     """
-    survival = Survival(len(rows), source_order)
+    survival = Survival(len(rows), source_order, earlier)
     keys = np.zeros((2, len(rows)), np.uint64)
     for place, row in enumerate(rows):
         survival.add(place, row)
@@ -46,12 +52,16 @@ def drop_duplicates(rows: Sequence[Row], source_order: Mapping[str, int]) -> tup
 class Survival:
     """Which of two like rows survives, kept in about 100 bytes a row.
 
-    The row from the earliest source is first, then the one of lowest id, then by category and the other fields, then by
-    line: only rows that are the same in all they say are told apart by where they lie in a file.
+    A row whose id is among `earlier` (ids by side, of a set curated before) comes before every other. Then the row from
+    the first source is first, then the one of lowest id, then by category and the other fields, then by line: only rows
+    that are the same in all they say are told apart by where they lie in a file.
     """
 
-    def __init__(self, rows: int, source_order: Mapping[str, int]) -> None:
+    def __init__(
+        self, rows: int, source_order: Mapping[str, int], earlier: Mapping[Side, pa.Array] | None = None
+    ) -> None:
         self._source_order = source_order
+        self._earlier = earlier or {}
         self._sources: dict[str, int] = {}
         self._categories: dict[str, int] = {}
         self._source = np.zeros(rows, np.int32)
@@ -74,7 +84,8 @@ class Survival:
         """Positions (int64), the best first. Raises KeyError for a source that `source_order` does not name."""
         source = np.array([self._source_order[name] for name in self._sources], np.int64)
         category = np.argsort(np.argsort(np.array(list(self._categories), object)))
-        keys = (self._line, self._fields, category[self._category], self._id, source[self._source])
+        keys = [self._line, self._fields, category[self._category], self._id, source[self._source]]
+        keys += [~self._is_earlier()] if self._earlier else []
         return np.lexsort(keys).astype(np.int64) if len(self._line) else np.zeros(0, np.int64)
 
     def id(self, place: int) -> str:
@@ -90,9 +101,21 @@ class Survival:
         line = int(self._line[place])
         return Dropped(self.id(place), self.source(place), line, rule, matched_id=self.id(survivor), score=score)
 
+    def _is_earlier(self) -> np.ndarray:
+        """True for each position whose id is that of an earlier row."""
+        kind = pa.large_string()
+        shape = (pa.binary(ID_BYTES), len(self._id), [None, pa.py_buffer(self._id)])
+        ids = pa.FixedSizeBinaryArray.from_buffers(*shape).cast(pa.large_binary()).cast(kind)
+        known = pa.chunked_array([old.cast(kind) for old in self._earlier.values()], kind).combine_chunks()
+        found = pc.call_function("is_in", [ids], pc.SetLookupOptions(value_set=known))
+        return found.to_numpy(zero_copy_only=False)
+
 
 def _key(row: Row) -> bytes:
     parts = [part for turn in row.conversation_key for part in turn]
     if row.rejected is not None:
         parts += ["rejected", spaced(row.rejected)]
+    if row.tools is not None:
+        # Last, because tools are compared as they are and might hold the separator.
+        parts += ["tools", row.tools]
     return SEPARATOR.join(parts).encode("utf-8", "surrogatepass")

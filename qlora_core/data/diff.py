@@ -25,8 +25,10 @@ from qlora_core.errors import DataError
 SHOWN = 5
 # Columns that are the row itself or where it was found, and not something said about it.
 NO_TAGS = {"id", "line", "prompt", "reference"}
-# What curation.json holds for rows and rules has its own place in the diff; samples are no setting.
-NO_SETTINGS = {"rows", "splits", "by_source", "reasons", "quarantine_reasons", "samples", "digest", "tokens"}
+# What in curation.json was chosen and not measured.
+SETTINGS = ("config", "chat_template", "max_tokens")
+# What has its own place in the diff, and rows' texts.
+NO_FIGURES = {*SETTINGS, "rows", "splits", "by_source", "reasons", "quarantine_reasons", "samples", "digest"}
 NOT_READ = "not in the other set's sources"
 
 
@@ -53,7 +55,9 @@ class CuratedDiff:
     `added_from` and `removed_to` say where added rows were in `a` and removed ones are in `b`: the rule that dropped
     them there, or that they were not read at all. `changed_answers` counts pairs of one removed and one added row with
     the same opening prompt (case, spacing and punctuation aside). `moved` is keyed `train -> test`; `changed_tags` by
-    column, for rows in both. `settings` holds values of curation.json by dotted path.
+    column, for rows in both. `settings` and `figures` hold values of curation.json that differ, by dotted path: what
+    was chosen, and single measured values; lists of measured values are left out. Of a list among the settings each
+    side says what the other lacks.
     """
 
     digest: Change
@@ -71,6 +75,7 @@ class CuratedDiff:
     drop_rules: Mapping[str, Change]
     quarantine_reasons: Mapping[str, Change]
     settings: Mapping[str, Change]
+    figures: Mapping[str, Change]
 
     @property
     def same(self) -> bool:
@@ -96,7 +101,7 @@ class CuratedDiff:
         if self.columns.before or self.columns.after:
             lines.append(f"columns in one set only: {', '.join([*self.columns.before, *self.columns.after])}")
         lines += [*_table("dropped by", self.drop_rules), *_table("quarantined", self.quarantine_reasons)]
-        return "\n".join([*lines, *_table("setting", self.settings)])
+        return "\n".join([*lines, *_table("setting", self.settings), *_table("figure", self.figures)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +124,6 @@ def diff_curated(a: Path, b: Path) -> CuratedDiff:
     # For each row of `a` its position in `b`, and the other way round; -1 where it is not.
     in_after, in_before = _positions(before.ids, after.ids), _positions(after.ids, before.ids)
     removed, added = in_after < 0, in_before < 0
-    settings = {
-        path: Change(old, new)
-        for path, old, new in _joined(_settings(before.curation), _settings(after.curation))
-        if old != new
-    }
     tags, columns = _tag_changes(before, after, in_after)
     return CuratedDiff(
         digest=Change(before.curation.get("digest"), after.curation.get("digest")),
@@ -140,7 +140,8 @@ def diff_curated(a: Path, b: Path) -> CuratedDiff:
         columns=columns,
         drop_rules=_counts(*(d.curation.get("reasons", {}) for d in (before, after))),
         quarantine_reasons=_counts(*(d.curation.get("quarantine_reasons", {}) for d in (before, after))),
-        settings=settings,
+        settings=_differing(*(_settings(d.curation) for d in (before, after))),
+        figures=_differing(*(_figures(d.curation) for d in (before, after))),
     )
 
 
@@ -293,7 +294,31 @@ def _equal(old: pa.Array, new: pa.Array) -> np.ndarray:
 
 
 def _settings(curation: Mapping[str, Any]) -> dict[str, Any]:
-    return _flat({name: value for name, value in curation.items() if name not in NO_SETTINGS})
+    return _flat({name: curation[name] for name in SETTINGS if name in curation})
+
+
+def _figures(curation: Mapping[str, Any]) -> dict[str, Any]:
+    """Single values only: a histogram or a list of ids says nothing in one line."""
+    flat = _flat({name: value for name, value in curation.items() if name not in NO_FIGURES})
+    return {path: value for path, value in flat.items() if not isinstance(value, (list, dict))}
+
+
+def _differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Change]:
+    return {path: _change(old, new) for path, old, new in _joined(before, after) if old != new}
+
+
+def _change(old: Any, new: Any) -> Change:
+    if not (isinstance(old, list) and isinstance(new, list)):
+        return Change(_first(old), _first(new))
+    lacking = Change(_first([v for v in old if v not in new]), _first([v for v in new if v not in old]))
+    # The same values in another order, or another number of times.
+    return lacking if lacking.before or lacking.after else Change(_first(old), _first(new))
+
+
+def _first(value: Any) -> Any:
+    if not isinstance(value, list) or len(value) <= SHOWN:
+        return value
+    return [*value[:SHOWN], f"and {len(value) - SHOWN} more"]
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The rows that are still in, with their tags, and the ledger of those that left. Knows no rule."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +14,9 @@ from qlora_core.data.tags.table import TagTable
 class Remaining:
     """`rows` and `tags` are aligned, `tags` empty until rows are tagged; every row that left is in `dropped`, once."""
 
-    def __init__(self, rows: RowStore) -> None:
-        self.rows: RowView = rows.select(np.arange(len(rows)))
+    def __init__(self, store: RowStore) -> None:
+        self._store = store
+        self.rows: RowView = store.select(np.arange(len(store)))
         self.tags = TagTable(pa.table({}))
         self.dropped: list[Dropped] = []
 
@@ -26,13 +27,13 @@ class Remaining:
             self.tags = self.tags.take(positions)
         self.dropped += dropped
 
-    def replace(self, rows: Sequence[Row], positions: np.ndarray) -> None:
-        """Put `rows` in the place of those at `positions` (int64, ascending); ids and order stay."""
-        if not len(positions):
-            return
-        changed = dict(zip(positions.tolist(), rows, strict=True))
-        store = RowStore(changed.get(place, row) for place, row in enumerate(self.rows))
-        self.rows = store.select(np.arange(len(store)))
+    def replace(self, positions: np.ndarray, rows: Iterable[Row]) -> None:
+        """Put `rows`, one for each of `positions` (int64), in the place of those there; no other row is copied."""
+        changed = RowStore(rows)
+        places = self.rows.positions.copy()
+        places[positions] = len(self._store) + np.arange(len(changed))
+        self._store = RowStore.concatenate([self._store, changed])
+        self.rows = self._store.select(places)
 
     def numbers(self, name: str) -> np.ndarray:
         """A numeric tag of all rows, float64; NaN where a row has none."""

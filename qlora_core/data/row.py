@@ -54,11 +54,12 @@ class Draft:
 class Row:
     """A conversation that opens with an optional system turn and a user turn, and ends on an assistant turn.
 
-    `id` is the SHA-256 of the messages alone, so it does not depend on where the row was found. `line` counts from 1
-    and is the line of the file where the record starts. `trimmed` counts the turns after the last answer that were
-    left out. `tools` is the canonical JSON of the tools a conversation may call; `rejected` the worse answer of a
-    preference pair, whose better one is the last turn; `group_keys` name what the row shares with others that must lie
-    on its side of the split (a tree, a story). `language` is what the data says, not what was measured.
+    `id` is the SHA-256 of the messages and, where the row has them, of its tools and rejected answer, so it does not
+    depend on where the row was found. `line` counts from 1 and is the line of the file where the record starts.
+    `trimmed` counts the turns after the last answer that were left out. `tools` is the canonical JSON of the tools a
+    conversation may call; `rejected` the worse answer of a preference pair, whose better one is the last turn;
+    `group_keys` name what the row shares with others that must lie on its side of the split (a tree, a story).
+    `language` is what the data says, not what was measured.
     """
 
     id: str
@@ -93,9 +94,15 @@ class Row:
         return tuple((message.role, spaced(message.content)) for message in self.messages)
 
 
-def row_id(messages: Sequence[Message]) -> str:
-    """SHA-256 over roles, contents and train flags, 64 hex digits."""
-    return digest_json([[message.role, message.content, message.train] for message in messages])
+def row_id(messages: Sequence[Message], tools: str | None = None, rejected: str | None = None) -> str:
+    """SHA-256 over roles, contents, train flags, tools and rejected answer, 64 hex digits.
+
+    With neither tools nor a rejected answer it is over the list of messages alone.
+    """
+    turns = [[message.role, message.content, message.train] for message in messages]
+    if tools is None and rejected is None:
+        return digest_json(turns)
+    return digest_json({"messages": turns, "tools": tools, "rejected": rejected})
 
 
 def make_row(draft: Draft, source: str, line: int) -> Row:
@@ -118,7 +125,7 @@ def make_row(draft: Draft, source: str, line: int) -> Row:
         raise RowError("nothing to train: every assistant turn has weight 0")
     _check_labels(draft)
     return Row(
-        id=row_id(kept),
+        id=row_id(kept, draft.tools, draft.rejected),
         messages=kept,
         source=source,
         line=line,

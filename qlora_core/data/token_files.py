@@ -18,6 +18,7 @@ from qlora_core.data.packing import PACKS_FILE, pack_rows, packing_summary, sequ
 from qlora_core.data.proof_tags import PROOF_SCHEMA
 from qlora_core.data.remaining import Remaining
 from qlora_core.data.tables import SplitWriter
+from qlora_core.data.tags.personal_data import Recogniser
 from qlora_core.data.window import fit
 from qlora_core.digest import canonical_json
 from qlora_core.errors import DataError
@@ -75,6 +76,7 @@ def write_sides(
     """
     types = {entry.name: entry.type for entry in remaining.tags.table.schema if _is_written(entry)}
     written: dict[str, WrittenSide] = {}
+    recogniser = Recogniser(config.tags.allow)
     with progress_bar("Tokenizing", sum(map(len, sides.values()))) as advance:
         for side, positions in sides.items():
             written[side] = WrittenSide(tags=list(types))
@@ -86,7 +88,7 @@ def write_sides(
                     for one in masked:
                         written[side].add(one)
                         if side == "train" and len(written[side].samples) < SAMPLE_ROWS:
-                            written[side].samples.append(_sample(chat, one))
+                            written[side].samples.append(_sample(chat, one, recogniser))
                     advance(len(batch))
     return written
 
@@ -124,6 +126,8 @@ def _is_written(entry: pa.Field) -> bool:
     return entry.name not in PROOF_SCHEMA.names and any(is_kind(entry.type) for is_kind in kinds)
 
 
-def _sample(chat: ChatTokenizer, masked: MaskedRow) -> dict[str, Any]:
+def _sample(chat: ChatTokenizer, masked: MaskedRow, recogniser: Recogniser) -> dict[str, Any]:
+    """The row as trained, for the report: secrets and personal data are masked there even where the row keeps them."""
     parts = text_parts(chat, masked.input_ids, masked.loss_mask)
-    return {"id": masked.row.id, "text_parts": [{"text": text, "trained": trained} for text, trained in parts]}
+    shown = [{"text": recogniser.masked(text), "trained": trained} for text, trained in parts]
+    return {"id": masked.row.id, "text_parts": shown}

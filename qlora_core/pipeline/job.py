@@ -52,7 +52,7 @@ class Job:
     @cached_property
     def prompt_sets(self) -> list[SourceFile]:
         """The files of evaluation items, folders opened."""
-        return list_source_files(self.prompt_set_paths)
+        return list_source_files(self.prompt_set_paths, setting="evaluate.prompt_sets")
 
     @cached_property
     def source_digests(self) -> dict[str, str]:

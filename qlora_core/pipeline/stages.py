@@ -74,10 +74,17 @@ def _curate_key(job: Job, inputs: Manifests) -> StageKey:
     settings = job.section("data", without=frozenset({"sources", "chat_template"}))
     # A path is no content; what lies there is an input.
     del settings["split"]["earlier"]
+    # The order of sources decides which of two like rows stays.
+    settings["source_order"] = list(job.source_digests)
+    settings["prompt_set_order"] = list(job.prompt_set_digests)
     # File by file, so that `qlora store explain` can name the one that changed.
     sources = {f"sources/{name}": digest for name, digest in job.source_digests.items()}
     prompt_sets = {f"prompt_sets/{name}": digest for name, digest in job.prompt_set_digests.items()}
     digests = {**sources, **prompt_sets, "tokenizer": tokenizer, "chat_template": job.chat_template_digest}
+    if job.config.data.tags.plugins:
+        from qlora_core.data.tags.plugins import PluginTagger
+
+        digests |= {f"plugin/{spec}": PluginTagger(spec).fingerprint for spec in job.config.data.tags.plugins}
     if job.earlier_split is not None:
         digests["earlier_split"] = job.earlier_split_digest
     if job.config.data.tags.model_scores:

@@ -160,7 +160,7 @@ def _funnel_stages(curation: Mapping[str, Any]) -> list[tuple[str, int]]:
 def _switched_on(curation: Mapping[str, Any], part: str) -> Mapping[str, Any] | None:
     """What curation recorded of one of its optional parts; None where that was off."""
     found = curation.get(part)
-    return None if not found or found.get("action") == "off" else found
+    return None if not found or found.get("action") == "none" else found
 
 
 def _varied(sweep: Mapping[str, Any]) -> list[str]:

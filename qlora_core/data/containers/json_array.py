@@ -7,6 +7,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from qlora_core.data.containers.json_value import MAX_NESTING, parse_json
 from qlora_core.data.containers.record import Quarantined, Record, set_aside, too_long
@@ -30,6 +31,7 @@ class ArrayError(ValueError):
 def array_elements(name: str, read: Callable[[], bytes], max_row_bytes: int) -> Iterator[Record | Quarantined]:
     """The elements in order, with the line each starts on. `read` gives the next bytes, none at the end.
 
+    Where the line holds what is before an element too, the reason for setting it aside ends on the element's number.
     Memory is bounded by one piece and one element of `max_row_bytes`. Raises ArrayError where the array itself breaks.
     """
     window = _Window(read)
@@ -40,9 +42,15 @@ def array_elements(name: str, read: Callable[[], bytes], max_row_bytes: int) -> 
         window.at += 1
     else:
         mark = ","
+    number = 0
     while mark != "]":
+        number += 1
+        line_before = window.line
         window.next_mark()
-        yield _element(name, window, max_row_bytes)
+        outcome = _element(name, window, max_row_bytes)
+        if isinstance(outcome, Quarantined) and outcome.line == line_before:
+            outcome = replace(outcome, reason=f"{outcome.reason} (element {number} of the array)")
+        yield outcome
         mark = window.next_mark()
         if mark not in (",", "]"):
             raise window.fault("expected ',' or ']'")

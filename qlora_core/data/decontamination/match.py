@@ -154,12 +154,6 @@ def decontaminate(rows: Sequence[Row], sets: Sequence[EvalSet], config: Decontam
     return Decontamination(np.flatnonzero(kept), dropped, found_hits, _count(sets, found_hits, suppressed), suppressed)
 
 
-def clean_subset(sets: Sequence[EvalSet], hits: Sequence[Hit]) -> dict[str, list[str]]:
-    """For each set, the ids of the items without any hit, in order: what a metric without contamination is taken on."""
-    hit = {found.item_id for found in hits}
-    return {entry.name: [item.id for item in entry.items if item.id not in hit] for entry in sets}
-
-
 class _Matcher:
     """Finds the evidence of one batch after the other."""
 

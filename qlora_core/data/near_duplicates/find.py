@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import xxhash
 
 from qlora_core.config.curation import NearDuplicatesConfig
 from qlora_core.data.deduplicate import Survival
@@ -28,6 +30,7 @@ from qlora_core.data.near_duplicates.verification import (
 )
 from qlora_core.data.positions import rows_at
 from qlora_core.data.row import Row
+from qlora_core.data.split import Side
 from qlora_core.data.wrappers import Preambles, find_preambles, strip_wrappers
 from qlora_core.progress import progress_bar
 
@@ -86,42 +89,50 @@ def drop_near_duplicates(
     source_order: Mapping[str, int],
     config: NearDuplicatesConfig,
     preambles: Preambles | None = None,
+    earlier: Mapping[Side, pa.Array] | None = None,
 ) -> NearDuplicates:
     """Find rows that say nearly the same, prompt and answer together, and let all but one go.
 
     Rows are compared by the exact Jaccard similarity of their word shingles, all turns together, after wrappers, shared
-    system prompts and preambles are taken off. Survivors come in `Survival`'s order: earliest source, lowest id. What
-    `config.action` asks for:
+    system prompts and preambles are taken off. Rows whose tools differ never match; tools are not part of the text,
+    because long ones that rows share would make copies of rows that say different things. Survivors come in
+    `Survival`'s order: rows of `earlier` (ids by side, see `placement.read_earlier`), then first source, lowest id.
+    What `config.action` asks for:
 
     - `keep_one`: a row goes if it matches, itself, a row that stays. Every cluster keeps its best row.
-    - `drop_all`: every row that matches another one goes; no row of a cluster stays.
+    - `drop_all`: every row that matches another one goes, earlier ones too; no row of a cluster stays.
     - `report`: nothing goes; clusters and counts are told.
-    - `off`: nothing is compared.
+    - `none`: nothing is compared.
 
     `preambles` are those of a larger set of which `rows` are a part; by default they are learnt from `rows`.
 
     The result does not depend on the order of `rows`, except that `kept` and `cluster_of` are positions in it. MinHash
     may miss a pair (`Banding.chance`); it never makes one. No rows give an empty result.
     """
-    if config.action == "off" or not len(rows):
+    if config.action == "none" or not len(rows):
         return NearDuplicates(np.arange(len(rows)), np.full(len(rows), -1, np.int64))
     banding = choose_banding(config.threshold, config.permutations)
     preambles = find_preambles(rows) if preambles is None else preambles
-    scan = _scan(rows, source_order, config, banding, preambles)
-    order = scan.survival.order()
+    survival = Survival(len(rows), source_order, earlier)
+    scan = _scan(rows, survival, config, banding, preambles)
+    order = survival.order()
 
     def load(ranks: np.ndarray) -> Shingles:
         chosen = rows_at(rows, order[ranks])
-        return join_sets([shingle_sets(texts, config.shingle_words) for texts in _batches(chosen, preambles)])
+        batches = _batches(chosen, preambles)
+        return join_sets([_told_apart(shingle_sets(texts, config.shingle_words), tools) for texts, tools in batches])
 
     search = _search(scan, order, load, config.threshold)
     decide = drop_all if config.action == "drop_all" else keep_one
     clusters = decide(search.edges, search.twins, len(rows))
-    return _result(clusters, order, scan.survival, config, search, preambles, banding)
+    return _result(clusters, order, survival, config, search, preambles, banding)
 
 
 def text_of(row: Row, preambles: Preambles) -> str:
-    """What of a row is compared: its turns, a line each, without what it shares with rows of another content."""
+    """What of a row is compared: its turns, a line each, without what it shares with rows of another content.
+
+    Tools are not in it: `drop_near_duplicates` compares rows of the same tools only.
+    """
     parts = []
     for message in row.messages:
         if message.role == "system":
@@ -135,9 +146,8 @@ def text_of(row: Row, preambles: Preambles) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Scan:
-    """Of every position: who survives, the hash of each band, a fingerprint of all shingles, how many they are."""
+    """Of every position: the hash of each band, a fingerprint of all shingles, how many they are."""
 
-    survival: Survival
     bands: np.ndarray
     fingerprints: np.ndarray
     sizes: np.ndarray
@@ -154,41 +164,56 @@ class _Search:
 
 def _scan(
     rows: Sequence[Row],
-    source_order: Mapping[str, int],
+    survival: Survival,
     config: NearDuplicatesConfig,
     banding: Banding,
     preambles: Preambles,
 ) -> _Scan:
-    survival = Survival(len(rows), source_order)
     bands = np.empty((banding.bands, len(rows)), np.uint32)
     fingerprints, sizes = np.empty(len(rows), np.uint64), np.empty(len(rows), np.int32)
     start = 0
     with progress_bar("Looking for near-duplicates", len(rows)) as advance:
-        for texts in _batches(rows, preambles, survival):
-            shingles = shingle(texts, config.shingle_words)
+        for texts, tools in _batches(rows, preambles, survival):
+            shingles = _told_apart(shingle(texts, config.shingle_words), tools)
             part = slice(start, start + len(texts))
             bands[:, part] = hash_bands(sign(shingles, config.permutations, config.seed), banding)
             kernels.add_up(shingles.hashes, shingles.offsets, fingerprints[part])
             sizes[part] = np.diff(shingles.offsets)
             start += len(texts)
             advance(len(texts))
-    return _Scan(survival, bands, fingerprints, sizes)
+    return _Scan(bands, fingerprints, sizes)
 
 
-def _batches(rows: Iterable[Row], preambles: Preambles, survival: Survival | None = None) -> Iterator[list[str]]:
-    """What is compared of each row, in batches bounded by rows and characters."""
+def _batches(
+    rows: Iterable[Row], preambles: Preambles, survival: Survival | None = None
+) -> Iterator[tuple[list[str], list[int]]]:
+    """What is compared of each row and a hash of its tools (0 for none), in batches bounded by rows and characters."""
     texts: list[str] = []
+    tools: list[int] = []
     characters = 0
     for place, row in enumerate(rows):
         if survival is not None:
             survival.add(place, row)
         texts.append(text_of(row, preambles))
+        tools.append(0 if row.tools is None else xxhash.xxh3_64_intdigest(row.tools.encode("utf-8", "surrogatepass")))
         characters += len(texts[-1])
         if len(texts) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
-            yield texts
-            texts, characters = [], 0
+            yield texts, tools
+            texts, tools, characters = [], [], 0
     if texts:
-        yield texts
+        yield texts, tools
+
+
+def _told_apart(shingles: Shingles, tools: Sequence[int]) -> Shingles:
+    """Each text's shingles, hashed anew with its tools' hash: those of the same words under other tools differ.
+
+    Similarity under the same tools stays as it is. With tools, each text's hashes come back in ascending order.
+    """
+    if not any(tools):
+        return shingles
+    lengths = np.diff(shingles.offsets)
+    hashes = shingles.hashes ^ np.repeat(np.array(tools, np.uint64), lengths)
+    return Shingles(hashes[np.lexsort((hashes, np.repeat(np.arange(len(tools)), lengths)))], shingles.offsets)
 
 
 def _search(scan: _Scan, order: np.ndarray, load: LoadSets, threshold: float) -> _Search:

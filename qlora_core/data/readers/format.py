@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_core.data.containers.json_value import parse_json
+from qlora_core.data.containers.record import quoted
 from qlora_core.data.row import Draft, Message, Role, RowError
 from qlora_core.digest import canonical_json
 
@@ -55,7 +56,7 @@ def read_role(value: object, turn: int) -> Role:
         raise RowError(f"wrong type: the role of turn {turn} is {type_name(value)}, not a text")
     role = ROLE_ALIASES.get(value.strip().lower())
     if role is None:
-        raise RowError(f"unknown role: {value!r} in turn {turn}; known: {', '.join(ROLE_ALIASES)}")
+        raise RowError(f"unknown role: {quoted(value)} in turn {turn}; known: {', '.join(ROLE_ALIASES)}")
     return role
 
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from qlora_core.config.curation import SelectionConfig
 from qlora_core.data.row import Row
 from qlora_core.data.selection.prompt_clusters import cluster_prompts, seeded_places
-from qlora_core.errors import DataError
+from qlora_core.errors import ConfigError, DataError
 
 TOKENS_TAG = "tokens"
 
@@ -56,7 +56,7 @@ def select_rows(
     others, and of a remainder one row each to the largest. Ties are broken by row id, so the order of the rows does
     not matter. A budget of null or of at least the rows there are chooses all of them.
 
-    Raises DataError for a quality that no tag has and for a column of another length than the rows.
+    Raises ConfigError for a quality that no tag has, DataError for a column of another length than the rows.
     """
     quality = _quality(len(rows), tokens, tags, config)
     ids = _ids(rows)
@@ -118,7 +118,7 @@ def _quality(count: int, tokens: np.ndarray, tags: Mapping[str, np.ndarray], con
                 "This is a fault in curation; please report it"
             )
     if config.quality not in columns:
-        raise DataError(
+        raise ConfigError(
             f"data.selection.quality is {config.quality!r}, but the numeric tags are {', '.join(sorted(columns))}. "
             "Name one of these, or switch on the tagger that measures it in data.tags"
         )

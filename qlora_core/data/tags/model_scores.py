@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 SCHEMA = pa.schema([("perplexity", pa.float64()), ("ifd", pa.float64())])
 
-_VERSION = 1
+_VERSION = 2
+# With the rows it is padded with, a score changes from its eighth digit on: what the cache holds already decides which
+# rows are scored together, and must not show in a column. Only one that lies on the border of two roundings still may.
+_SIGNIFICANT_DIGITS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +43,10 @@ class ModelScoresTagger:
     """Columns `perplexity` and `ifd` (float64) of the last trained answer, in its context of all turns before it.
 
     The tokens are the answer's own, without the stop token. For the second loss they stand alone, after the tokenizer's
-    BOS; where it has none, the first token is predicted from nothing, so neither loss counts it. Nothing is ever cut: a
-    row that the mask proof refuses, that is longer than `max_positions` tokens, or has no token that counts, has failed
-    and gets nulls. `base_digest` stands for the model's weights and the tokenizer's files, in the fingerprint.
+    BOS; where it has none, the first token is predicted from nothing, so neither loss counts it. Both are rounded to 5
+    significant digits. Nothing is ever cut: a row that the mask proof refuses, that is longer than `max_positions`
+    tokens, or has no token that counts, has failed and gets nulls. `base_digest` stands for the model's weights and the
+    tokenizer's files, in the fingerprint.
 
     The model is used as it is: put it into eval mode, on the device where it shall run.
     """
@@ -108,4 +112,8 @@ def _scores(in_context: tuple[float, int], alone: tuple[float, int]) -> tuple[fl
     except OverflowError:
         return None
     finite = math.isfinite(perplexity) and math.isfinite(difficulty)
-    return (perplexity, difficulty) if finite else None
+    return (_rounded(perplexity), _rounded(difficulty)) if finite else None
+
+
+def _rounded(score: float) -> float:
+    return float(f"{score:.{_SIGNIFICANT_DIGITS}g}")

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import pyarrow as pa
 
 from qlora_core.data.row import Row
-from qlora_core.data.tags.findings import Finding, without_overlaps
+from qlora_core.data.tags.findings import Finding, replaced, without_overlaps
 from qlora_core.data.tags.personal_patterns import find_personal_data
 from qlora_core.data.tags.secret_patterns import find_secrets
 from qlora_core.data.tags.tagger import Tagged, fingerprint_of, tagged, texts_of
@@ -49,6 +49,11 @@ class Recogniser:
         # What lies within a secret is part of it, even where only personal data is asked for next time.
         taken = set(secrets)
         return secrets, [finding for finding in without_overlaps([*secrets, *personal]) if finding not in taken]
+
+    def masked(self, text: str) -> str:
+        """The text with the type of every finding in its place; the same object where there is none."""
+        secrets, personal = self.find(text)
+        return replaced(text, sorted([*secrets, *personal], key=lambda one: one.start)) if secrets or personal else text
 
     def _not_allowed(self, text: str, findings: Iterable[Finding]) -> list[Finding]:
         return [

@@ -3,7 +3,6 @@
 A tagger only adds columns. What it cannot measure is null, never 0.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from qlora_core.data.row import Row
-from qlora_core.digest import canonical_json, digest_json
+from qlora_core.digest import digest_json
 
 KEY_BYTES = 16
 
@@ -68,18 +67,12 @@ def fingerprint_of(name: str, version: int, schema: pa.Schema, settings: Any) ->
 
 
 def tag_key(row: Row) -> bytes:
-    """16 bytes that stand for all of a row's text.
-
-    They are the first half of the row's id, unless it has texts that its id does not cover (tools, a rejected answer):
-    then they are those of a digest over the three.
-    """
-    if row.tools is None and row.rejected is None:
-        return bytes.fromhex(row.id[: 2 * KEY_BYTES])
-    return hashlib.sha256(canonical_json([row.id, row.tools, row.rejected])).digest()[:KEY_BYTES]
+    """16 bytes that stand for all of a row's text: the first half of its id."""
+    return bytes.fromhex(row.id[: 2 * KEY_BYTES])
 
 
 def texts_of(row: Row) -> Iterator[str]:
-    """Everything in a row that may end up in training: its turns, a rejected answer, the tools."""
+    """What of a row may end up in training, and what its id covers: its turns, a rejected answer, the tools."""
     for message in row.messages:
         yield message.content
     if row.rejected is not None:

@@ -60,7 +60,10 @@ def test_card_shows_every_figure_of_every_part(curation: dict[str, Any]) -> None
                             "largest": [{"size": 12, "id": "e" * 64, "source": "a.jsonl", "members": []}]},
         "contamination": {"action": "drop", "hits": [], "sets": [
             {"name": "gsm8k", "items": 1319, "items_hit": 4, "rows_hit": 5, "rows_dropped": 2}]},
-        "tags": {"refusal": {"failed": 0, "flagged": 6}, "tox": {"failed": 1, "quantiles": {"p50": 0.25, "max": 1.0}}},
+        "tags": {
+            "refusal": {"missing": 0, "flagged": 6},
+            "tox": {"missing": 1, "quantiles": {"p50": 0.25, "max": 1.0}},
+        },
         "groups": {"groups": 88, "largest": 9},
         "packing": {"sequence_tokens": 256, "sequences": 15, "rows": 80, "fill": 0.98, "fill_unpacked": 0.12,
                     "trained_share": 0.3},

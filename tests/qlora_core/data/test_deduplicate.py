@@ -1,13 +1,16 @@
 """Exact de-duplication: who survives, and that nothing but spacing makes two rows one."""
 
+import dataclasses
 import random
 from typing import Any
 
+import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_core.data.deduplicate import drop_duplicates
 from qlora_core.data.row import Draft, Message, Row, make_row
+from qlora_core.data.split import Side
 
 ORDER = {"first": 0, "second": 1, "third": 2}
 
@@ -44,6 +47,39 @@ def test_rejected_answer_is_part_of_a_pair() -> None:
     assert len(kept) == 3
     (drop,) = dropped
     assert drop.line in (1, 3)
+
+
+def test_equal_text_with_other_tools_is_no_duplicate() -> None:
+    rows = [row("Q?", "A.", tools=tools, line=line) for line, tools in enumerate([None, '["a"]', '["b"]', '["a"]'])]
+
+    kept, dropped = drop_duplicates(rows, ORDER)
+
+    assert kept.tolist() == sorted([0, 1, 2], key=lambda place: rows[place].id)
+    (drop,) = dropped
+    assert (drop.id, drop.line) == (rows[1].id, 3)
+
+
+def test_rows_of_an_earlier_set_survive_new_ones() -> None:
+    spaced = [row("Q?", " " * count + "A.", source="first") for count in range(3)]
+    lowest, _, highest = sorted(spaced, key=lambda one: one.id)
+    old = dataclasses.replace(highest, source="third")
+    other = row("Other?", "A.", source="second")
+    rows = [lowest, old, other]
+
+    assert drop_duplicates(rows, ORDER)[1][0].id == old.id
+    kept, dropped = drop_duplicates(rows, ORDER, {"train": pa.array(["0" * 64]), "test": pa.array([old.id])})
+
+    assert kept.tolist() == [1, 2]
+    assert [(drop.id, drop.matched_id) for drop in dropped] == [(lowest.id, old.id)]
+
+
+def test_two_rows_of_an_earlier_set_are_told_apart_as_usual() -> None:
+    rows = [row("Q?", " A.", source="third"), row("Q?", "A.", source="second")]
+    ids = pa.array([one.id for one in rows])
+    earlier: dict[Side, pa.Array] = {"train": ids, "validation": pa.array([], pa.string())}
+
+    assert drop_duplicates(rows, ORDER, earlier)[0].tolist() == [1]
+    assert drop_duplicates([], ORDER, earlier)[0].tolist() == []
 
 
 def test_turns_do_not_run_into_each_other() -> None:

@@ -126,6 +126,37 @@ def test_every_kind_of_change_is_told(tmp_path: Path) -> None:
     assert json.loads(json.dumps(diff.to_json()))["moved"]["train -> validation"]["rows"] == 1
 
 
+def test_settings_are_what_was_chosen_and_figures_single_measured_values(tmp_path: Path) -> None:
+    def curation(bins: int, allow: list[str]) -> dict[str, Any]:
+        return {
+            "config": {"tags": {"allow": allow, "order": allow[:2]}, "split": {"salt": "s"}},
+            "max_tokens": bins,
+            "lengths": {"rows": bins, "mean": None, "histogram": [{"from": n, "rows": bins} for n in range(bins)]},
+            "near_duplicates": {"verified": bins, "largest": [{"members": [f"id{n}" for n in range(bins)]}]},
+            "licences": {"a.jsonl": {"mit": bins}} if bins > 50 else {},
+            "tokens": {"total": 7},
+        }
+
+    a = write(tmp_path / "a", {}, **curation(50, ["x", "y"]))
+    b = write(tmp_path / "b", {}, **curation(60, ["y", "x", *(f"word{n}" for n in range(100))]))
+
+    diff = diff_curated(a, b)
+
+    assert diff.settings == {
+        "config.tags.allow": Change([], ["word0", "word1", "word2", "word3", "word4", "and 95 more"]),
+        "config.tags.order": Change(["x", "y"], ["y", "x"]),
+        "max_tokens": Change(50, 60),
+    }
+    assert diff.figures == {
+        "lengths.rows": Change(50, 60),
+        "near_duplicates.verified": Change(50, 60),
+        "licences.a.jsonl.mit": Change(None, 60),
+    }
+    assert "figure near_duplicates.verified: 50 -> 60" in diff.text()
+    assert max(map(len, diff.text().splitlines())) < 200
+    assert len(json.dumps(diff.to_json())) < 2000
+
+
 def test_equal_rows_in_other_shards_are_the_same(tmp_path: Path) -> None:
     rows = [
         row(f"row {n}", f"{n}?", repetition=None if n % 2 else float("nan"), truncated=n % 3 == 0) for n in range(9)

@@ -3,10 +3,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from qlora_core.config.curation import ReadersConfig
+from qlora_core.config.curation import NearDuplicatesConfig, ReadersConfig, SplitConfig
+from qlora_core.data.deduplicate import drop_duplicates
+from qlora_core.data.near_duplicates.find import drop_near_duplicates
+from qlora_core.data.placement import place_rows
 from qlora_core.data.reading import SourceReading, read_source
+from qlora_core.data.row import row_id
 from qlora_core.data.source_files import SourceFile
 
 WriteJsonl = Callable[..., Path]
@@ -45,6 +50,22 @@ def test_every_shape_yields_the_same_pair(record: dict, write_jsonl: WriteJsonl)
         ("assistant", "good", True),
     ]
     assert row.rejected == "bad"
+
+
+def test_pairs_of_other_rejected_answers_or_tools_are_rows_of_their_own(write_jsonl: WriteJsonl) -> None:
+    pairs = [{**SAME_PAIR[1], "rejected": text} for text in ("bad", "worse")]
+    tools = [[{"name": name}] for name in ("search", "read")]
+    rows = read(write_jsonl([*pairs, *({**SAME_PAIR[1], "tools": some} for some in tools)])).rows
+
+    kept, dropped = drop_duplicates(rows, {rows[0].source: 0})
+    near = drop_near_duplicates(rows, {rows[0].source: 0}, NearDuplicatesConfig())
+    placed = place_rows(rows, SplitConfig(), np.full(len(rows), -1))
+
+    assert len({row.id for row in rows}) == len(kept) == len(near.kept) == 4
+    assert dropped == placed.dropped == []
+    assert sum(len(side) for side in placed.sides.values()) == 4
+    # With nothing but messages the id is what it was before rows had more.
+    assert row_id(rows[0].messages) == "d5dfa60782b056eceb2e5b9068d5db1b063d7ea53fd1b676ed0ef8c38c05c004"
 
 
 def test_question_system_and_labels_stay_with_the_pair(write_jsonl: WriteJsonl) -> None:

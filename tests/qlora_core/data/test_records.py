@@ -66,6 +66,23 @@ def test_bad_elements_of_an_array_are_set_aside_alone(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("piece", [1, 7, 1 << 16])
+def test_bad_element_that_shares_its_line_is_told_by_its_number(piece: int) -> None:
+    stream = io.BytesIO(b'[1, nul, "' + b"x" * 60 + b'",\nnul, 5,\n6, "\xff"]')
+
+    found = list(array_elements("a", lambda: stream.read(piece), 50))
+
+    faults = [(entry.line, entry.kind, entry.reason) for entry in found if isinstance(entry, Quarantined)]
+    assert [(line, kind) for line, kind, _ in faults] == [
+        (1, "not JSON"),
+        (1, "too long"),
+        (2, "not JSON"),
+        (3, "not UTF-8"),
+    ]
+    numbers = [reason.partition(" (element ")[2] for _, _, reason in faults]
+    assert numbers == ["2 of the array)", "3 of the array)", "", "7 of the array)"]
+
+
 def test_nesting_is_limited_whoever_calls(tmp_path: Path) -> None:
     fits, exceeds = ("[" * depth + "]" * depth for depth in (499, 500))
     quoted = json.dumps({"a": "[" * 2000})

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_core.config.curation import PolicyConfig
@@ -28,7 +28,7 @@ def test_values_become_types_and_the_row_gets_the_id_of_its_text() -> None:
     (made,) = redact_rows([row], redactor)
     assert [message.content for message in made.messages] == ["Is <AWS_KEY> of <EMAIL>?", "No: <EMAIL>."]
     assert (made.rejected, made.licence, made.messages[1].train) == ("<AWS_KEY>!", "MIT", True)
-    assert made.id == row_id(made.messages) != row.id
+    assert made.id == row_id(made.messages, made.tools, made.rejected) != row.id
     assert (redactor.counts, redactor.rows) == ({"EMAIL": 2, "AWS_KEY": 2}, 1)
 
 
@@ -51,12 +51,28 @@ def test_clean_rows_are_the_very_same_objects_and_allowed_values_stay() -> None:
     assert redactor.counts.total() == redactor.rows == 0
 
 
-def test_tools_stay_json_and_the_id_that_does_not_cover_them_stays_too() -> None:
+def test_tools_stay_json_and_the_id_follows_them() -> None:
     row = row_of("Hi", "Yes.", tools=json.dumps([{"name": "mail", "parameters": {"to": MAIL, "n": [1, None]}}]))
     made = Redactor(BOTH, []).redact(row)
     assert made.tools is not None
     assert json.loads(made.tools) == [{"name": "mail", "parameters": {"to": "<EMAIL>", "n": [1, None]}}]
-    assert made.id == row.id
+    assert made.id == row_id(made.messages, made.tools) != row.id
+
+
+def test_labels_group_keys_and_names_in_tools_are_cleaned() -> None:
+    labels = dict.fromkeys(("category", "generator", "licence", "language"), f"by {MAIL}")
+    tools = json.dumps([{"x": {MAIL: 1, f"z{MAIL}": 2, "plain": 3}}])
+    row = row_of("Hi", "Yes.", **labels, group_keys=(MAIL, "z" + MAIL, "tree 1"), tools=tools)
+    redactor = Redactor(BOTH, [])
+    made = redactor.redact(row)
+    assert [made.category, made.generator, made.licence, made.language] == ["by <EMAIL>"] * 4
+    assert made.group_keys == ("<EMAIL>", "tree 1")
+    assert json.loads(made.tools or "") == [{"x": {"<EMAIL>": 1, "<EMAIL> 2": 2, "plain": 3}}]
+    assert (redactor.rows, redactor.counts) == (1, {"EMAIL": 8})
+    labels_alone = Redactor(BOTH, []).redact(row_of("Hi", "Yes.", **labels))
+    assert (labels_alone.category, labels_alone.id) == ("by <EMAIL>", row_of("Hi", "Yes.").id)
+    assert Redactor(BOTH, []).redact(made) is made
+    assert Redactor(PolicyConfig(), []).redact(row) is row
 
 
 def test_rows_that_differ_in_a_key_alone_become_one() -> None:
@@ -65,6 +81,7 @@ def test_rows_that_differ_in_a_key_alone_become_one() -> None:
     assert one.id == other.id
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(PIECES), min_size=1))
 def test_redacting_twice_changes_nothing_more_and_leaves_no_value(parts: list[str]) -> None:
     row = row_of("Q" + "".join(parts), "Yes.")

@@ -12,7 +12,7 @@ from qlora_core.data.row import Draft, Message, Row, make_row
 from qlora_core.data.selection import Selection, select_rows
 from qlora_core.data.selection.choose import share_budget
 from qlora_core.data.selection.prompt_clusters import cluster_prompts
-from qlora_core.errors import DataError
+from qlora_core.errors import ConfigError, DataError
 
 TOPICS = {
     "cooking": "bake bread flour oven salt water knead dough",
@@ -140,7 +140,7 @@ def test_words_of_scripts_without_blanks_are_told_apart() -> None:
 
 def test_unknown_quality_and_wrong_lengths_are_named() -> None:
     rows = topic_rows({"sums": 4})
-    with pytest.raises(DataError, match=r"data.selection.quality is 'ifd'.*are score, tokens"):
+    with pytest.raises(ConfigError, match=r"data.selection.quality is 'ifd'.*are score, tokens"):
         select_rows(rows, np.ones(4), {"score": np.ones(4)}, SelectionConfig(budget_rows=1, quality="ifd"))
     with pytest.raises(DataError, match=r"tag 'score' has shape \(3,\) for 4 rows"):
         select_rows(rows, np.ones(4), {"score": np.ones(3)}, SelectionConfig(budget_rows=1))

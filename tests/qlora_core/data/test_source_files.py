@@ -75,6 +75,16 @@ def test_missing_source_names_it_and_says_where_relative_paths_start(tmp_path: P
         list_source_files([tmp_path / "nowhere.json"])
 
 
+def test_messages_name_the_setting_that_lists_the_sources(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for source in ("nope.jsonl", "empty"):
+        with pytest.raises(DataError, match=rf"{source}', named in data\.sources"):
+            list_source_files([tmp_path / source])
+        with pytest.raises(DataError, match=rf"{source}', named in evaluate\.prompt_sets") as caught:
+            list_source_files([tmp_path / source], setting="evaluate.prompt_sets")
+        assert "data.sources" not in str(caught.value)
+
+
 def test_folder_without_dataset_files_is_refused(tmp_path: Path) -> None:
     _touch(tmp_path / "sets/README.md")
 

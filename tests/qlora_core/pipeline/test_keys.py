@@ -214,6 +214,24 @@ def test_changed_training_row_reruns_curation_but_not_quantization(filled: Path,
     assert stale(load_config(moved / "pipeline.yaml")) == AFTER["curate"]
 
 
+def test_order_of_sources_reruns_curation(filled: Path) -> None:
+    both = load_config(filled, ['data.sources=["data", "other"]'])
+    pipeline = Pipeline(both)
+    fill(pipeline)
+    assert stale(both) == set()
+    assert stale(load_config(filled, ['data.sources=["other", "data"]'])) == AFTER["curate"]
+
+
+def test_edited_plugin_reruns_curation(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_scores_for_keys.py").write_text("def shortness(texts):\n    return [1.0 for _ in texts]\n")
+    overrides = ['data.tags.plugins=["my_scores_for_keys:shortness"]']
+    fill(Pipeline(load_config(filled, overrides)))
+    assert stale(load_config(filled, overrides)) == set()
+    (tmp_path / "my_scores_for_keys.py").write_text("def shortness(texts):\n    return [2.0 for _ in texts]\n")
+    assert stale(load_config(filled, overrides)) == AFTER["curate"]
+
+
 def test_moved_project_reruns_nothing(filled: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(filled.parent, moved)

@@ -314,7 +314,7 @@ def test_what_curation_found_is_shown_with_its_evidence(tmp_path: Path, run: dic
 
 
 def test_parts_of_curation_that_were_off_are_said_to_be(tmp_path: Path, run: dict[str, Any]) -> None:
-    run["curation"]["near_duplicates"] = {"action": "off"}
+    run["curation"]["near_duplicates"] = {"action": "none"}
     run["curation"]["contamination"] = None
 
     text = curation_text(page(tmp_path, run))

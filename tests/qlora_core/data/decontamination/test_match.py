@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qlora_core.config.curation import DecontaminateConfig
 from qlora_core.data.decontamination.eval_sets import EvalItem, EvalSet
 from qlora_core.data.decontamination.kernels import hash_ngrams
-from qlora_core.data.decontamination.match import Decontamination, Hit, clean_subset, decontaminate
+from qlora_core.data.decontamination.match import Decontamination, Hit, decontaminate
 from qlora_core.data.decontamination.ngrams import index_ngrams, item_texts
 from qlora_core.data.decontamination.overlaps import find_overlaps
 from qlora_core.data.decontamination.words import split_words
@@ -175,7 +175,7 @@ def test_the_best_covered_item_is_the_one_named() -> None:
     assert [hit.item_id for hit in found.hits] == ["exam/1", "exam/2"]
 
 
-def test_counts_and_clean_subset() -> None:
+def test_counts_by_set() -> None:
     exam, other = (
         eval_set(QUESTION, SHORT, "Who are you?"),
         eval_set("What weighs more than ten elephants?", name="other"),
@@ -185,7 +185,6 @@ def test_counts_and_clean_subset() -> None:
         "items": 3, "items_hit": 2, "rows_hit": 3, "rows_dropped": 2, "suppressed": 0,
     }  # fmt: skip
     assert found.sets["other"].items_hit == 0
-    assert clean_subset([exam, other], found.hits) == {"exam": ["exam/2"], "other": ["other/1"]}
 
 
 def test_empty_inputs() -> None:

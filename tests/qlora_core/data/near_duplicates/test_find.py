@@ -1,5 +1,6 @@
 """Near-duplicate removal through its door, beside a slow reference in plain Python."""
 
+import dataclasses
 import json
 import random
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -130,6 +132,37 @@ def test_wrappers_system_prompts_and_rejected_answers() -> None:
     assert [(drop.id, drop.matched_id, drop.score) for drop in found.dropped] == [(dressed.id, bare.id, 1.0)]
 
 
+def test_rows_of_other_tools_never_match_and_of_the_same_tools_match_by_what_they_say() -> None:
+    words = text(14)
+    many, few = (json.dumps(text(15, count)) for count in (300, 299))
+    original, copy = row("Say it.", " ".join(words)), row("Say it.", edited(words, [30]))
+    other = row("Say it.", " ".join(text(16)))
+    rows = [
+        make_row(Draft(one.messages, tools=tools), "first", line)
+        for line, (one, tools) in enumerate([(original, many), (copy, many), (other, many), (original, few)], 1)
+    ]
+
+    found = find([*rows, original])
+
+    (drop,) = found.dropped
+    assert {drop.id, drop.matched_id} == {rows[0].id, rows[1].id}
+    assert drop.score == pytest.approx(53 / 63)
+
+
+def test_rows_of_an_earlier_set_survive_new_ones() -> None:
+    words = text(17)
+    alike = [row("Go.", edited(words, [place])) for place in (10, 30, 50)]
+    lowest, _, highest = sorted(alike, key=lambda one: one.id)
+    old = dataclasses.replace(highest, source="second")
+    rows, config = [lowest, old], NearDuplicatesConfig(threshold=0.6)
+
+    assert drop_near_duplicates(rows, ORDER, config).kept.tolist() == [0]
+    found = drop_near_duplicates(rows, ORDER, config, earlier={"validation": pa.array([old.id])})
+
+    assert found.kept.tolist() == [1]
+    assert [(drop.id, drop.matched_id) for drop in found.dropped] == [(lowest.id, old.id)]
+
+
 def preamble_rows(count: int = 40) -> list[Row]:
     preamble = "tools: enabled\nsearch: " + " ".join(text(9, 120)) + "\nsearch(query)\n"
     return [row(preamble + " ".join(text(100 + n, 12)), " ".join(text(300 + n, 6)), line=n) for n in range(count)]
@@ -151,19 +184,19 @@ def test_actions() -> None:
     rows += [row("Go.", f" {rows[0].messages[1].content}", line=3), row("Stay.", " ".join(text(11)), line=4)]
     best = min((rows[place] for place in range(3)), key=lambda row: row.id)
 
-    kept = {action: find(rows, action=action, threshold=0.6) for action in ("keep_one", "drop_all", "report", "off")}
+    kept = {action: find(rows, action=action, threshold=0.6) for action in ("keep_one", "drop_all", "report", "none")}
 
     assert {action: len(found.kept) for action, found in kept.items()} == {
         "keep_one": 2,
         "drop_all": 1,
         "report": 4,
-        "off": 4,
+        "none": 4,
     }
     assert {drop.matched_id for drop in kept["keep_one"].dropped} == {best.id}
     assert all(drop.score >= 0.6 and drop.matched_id != drop.id for drop in kept["drop_all"].dropped if drop.score)
     assert kept["report"].clusters == kept["keep_one"].clusters == 1
     assert kept["report"].dropped == []
-    assert kept["off"].cluster_of.tolist() == [-1] * 4
+    assert kept["none"].cluster_of.tolist() == [-1] * 4
 
 
 def test_rows_behind_arrow_give_the_same_result() -> None:

@@ -1,9 +1,11 @@
 """Perplexity and difficulty equal a reference that scores one row at a time, unpadded, in float64."""
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -65,9 +67,24 @@ def test_scores_equal_the_reference_whatever_the_batch(
     expected = [reference(model, chat, one) for one in rows]
     for batch_size in (1, 4):
         made = ModelScoresTagger(model, chat, base_digest="b", max_positions=POSITIONS, batch_size=batch_size).tag(rows)
-        assert made.table.column("perplexity").to_pylist() == pytest.approx([one for one, _ in expected], rel=1e-9)
-        assert made.table.column("ifd").to_pylist() == pytest.approx([two for _, two in expected], rel=1e-9)
+        assert made.table.column("perplexity").to_pylist() == [float(f"{one:.5g}") for one, _ in expected]
+        assert made.table.column("ifd").to_pylist() == [float(f"{two:.5g}") for _, two in expected]
         assert not made.failed.any()
+
+
+def test_single_precision_scores_do_not_depend_on_the_rows_scored_with_them(
+    plain_tokenizer: Path, model: LlamaForCausalLM, row: Callable[..., Row]
+) -> None:
+    chat = load_chat_tokenizer(plain_tokenizer)
+    single = copy.deepcopy(model).float()
+    rows = [row("What is Alpha?", f"Alpha comes first{', then Beta' * n}.") for n in range(4)]
+    tagger = ModelScoresTagger(single, chat, base_digest="b", max_positions=POSITIONS)
+
+    together = tagger.tag(rows).table
+    by_itself = pa.concat_tables([tagger.tag([one]).table for one in rows])
+
+    assert together.column("ifd").null_count == 0
+    assert together.to_pydict() == by_itself.to_pydict()
 
 
 def test_rows_that_cannot_be_scored_whole_are_null_and_failed(
