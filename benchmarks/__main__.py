@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import store_transfer, warm_start
+from benchmarks import curate_scale, near_duplicates, store_transfer, tag_cache, warm_start
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -18,14 +18,14 @@ def machine() -> dict[str, object]:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    packages = ("torch", "transformers", "bitsandbytes", "boto3", "moto")
+    packages = ("torch", "transformers", "bitsandbytes", "boto3", "moto", "rensa", "datasketch", "numba", "polars")
     return {"cpu": model, "cores": os.cpu_count(), "packages": {name: version(name) for name in packages}}
 
 
 def main() -> None:
     """Run those that are named on the command line, or all; one JSON file each."""
     RESULTS.mkdir(exist_ok=True)
-    for module in (warm_start, store_transfer):
+    for module in (warm_start, store_transfer, near_duplicates, tag_cache, curate_scale):
         name = module.__name__.rpartition(".")[2]
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue

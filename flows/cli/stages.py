@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.cli.reporting import JsonOption, Report, SetOption, reporting
+from qlora_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from qlora_core.pipeline.pipeline import Pipeline
@@ -81,14 +82,36 @@ def _trial_line(trial: dict[str, Any], best: str, varied: list[str]) -> str:
     return f"{trial['id']} {trial['state']:<9} {loss} at step {trial['steps']}  {params}{mark}{error}"
 
 
-def curate(config: ConfigArgument, overrides: SetOption = None, json: JsonOption = False) -> None:
-    """Read, check, de-duplicate, split and tokenize the data; nothing is trained.
+def curate(
+    config: Annotated[Path | None, typer.Argument(help="The pipeline config, a YAML file.", show_default=False)] = None,
+    overrides: SetOption = None,
+    diff: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--diff", metavar="A B", help="Say what changed from curated folder A to B; takes no config."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Read, tag, de-duplicate, decontaminate, split and tokenize the data; nothing is trained.
 
-    Example:
+    Examples:
 
       qlora curate pipeline.yaml --json
+
+      qlora curate pipeline.yaml --set data.policy.licence=commercial
+
+      qlora curate --diff OLD_PATH NEW_PATH
     """
     with reporting(json) as report:
+        if (config is None) == (diff is None):
+            raise ConfigError("qlora curate takes a config, or --diff with two curated folders, and not both")
+        if diff is not None:
+            from qlora_core.data.diff import diff_curated
+
+            changes = diff_curated(*diff)
+            report.data = changes.to_json()
+            report.say(changes.text())
+            return
+        assert config is not None
         pipeline = open_pipeline(config, overrides)
         result = pipeline.run("curate")
         curation = pipeline.document("curate", "curation.json")
@@ -107,6 +130,9 @@ def _say_funnel(report: Report, curation: dict[str, Any]) -> None:
     for source, counts in [*curation["by_source"].items(), ("all", curation["rows"])]:
         cells = (counts[name] for name in ("in", "kept", "dropped", "quarantined"))
         report.say(f"{source:<40} " + " ".join(f"{cell:>8}" for cell in cells))
+        if counts.get("rule"):
+            found = ", ".join(f"{name} {count}" for name, count in counts["rule_counts"].items())
+            report.say(f"  {counts['rule']}: {found}")
     for name in ("reasons", "quarantine_reasons"):
         what = "dropped" if name == "reasons" else "quarantined"
         for rule, count in sorted(curation[name].items()):

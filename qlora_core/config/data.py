@@ -2,33 +2,35 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from qlora_core.config.curation import (
+    DecontaminateConfig,
+    NearDuplicatesConfig,
+    PackingConfig,
+    PolicyConfig,
+    ReadersConfig,
+    SelectionConfig,
+    SplitConfig,
+    TagsConfig,
+)
 from qlora_core.config.section import Section
 
 
-class SplitConfig(Section):
-    """Shares of the rows held out. A row's side is a salted hash of its prompt, so added rows move nobody."""
-
-    validation: float = Field(default=0.1, gt=0, lt=1, description="share that steers the sweep")
-    test: float = Field(default=0.1, gt=0, lt=1, description="share that is looked at once, by evaluation")
-    salt: str = Field(default="qlora", description="change it to draw another split")
-
-    @model_validator(mode="after")
-    def _leave_something_to_train_on(self) -> "SplitConfig":
-        if self.validation + self.test >= 1:
-            raise ValueError(
-                f"validation ({self.validation}) and test ({self.test}) together leave nothing to train on; "
-                "their sum must be under 1"
-            )
-        return self
-
-
 class DataConfig(Section):
-    """Sources, the split, and what happens to rows that do not fit."""
+    """Sources, in order of priority, and what happens to their rows."""
 
-    sources: list[str] = Field(min_length=1, description="files or folders; formats are recognised by content")
+    sources: list[str] = Field(
+        min_length=1, description="files, folders, hub names with a commit, s3:// paths; formats are known by content"
+    )
+    readers: ReadersConfig = ReadersConfig()
+    tags: TagsConfig = TagsConfig()
+    policy: PolicyConfig = PolicyConfig()
+    near_duplicates: NearDuplicatesConfig = NearDuplicatesConfig()
+    decontaminate: DecontaminateConfig = DecontaminateConfig()
     split: SplitConfig = SplitConfig()
+    selection: SelectionConfig = SelectionConfig()
+    packing: PackingConfig = PackingConfig()
     chat_template: str | None = Field(
         default=None, description="a Jinja file; default: the base tokenizer's own template"
     )
@@ -41,3 +43,4 @@ class DataConfig(Section):
     max_quarantined_share: float = Field(
         default=0.2, ge=0, le=1, description="more unreadable rows than this stop the run"
     )
+    shard_rows: int = Field(default=100_000, ge=1, description="most rows of one Parquet file")

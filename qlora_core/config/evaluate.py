@@ -48,4 +48,8 @@ class EvaluateConfig(Section):
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     resamples: int = Field(default=2000, ge=100, description="bootstrap resamples of the test rows")
     seed: int = Field(default=0, ge=0)
+    prompt_sets: list[str] = Field(
+        default_factory=list,
+        description="files or folders of evaluation items (GSM8K, MMLU, MT-bench, ...) to keep out of the data",
+    )
     judge: JudgeConfig = JudgeConfig()

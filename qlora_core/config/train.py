@@ -19,7 +19,9 @@ class TrainConfig(Section):
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="share of the steps, acting under every schedule")
     epochs: float = Field(default=3.0, gt=0, description="passes over the training rows, unless max_steps is set")
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; overrides epochs")
-    micro_batch_size: int = Field(default=4, ge=1)
+    micro_batch_size: int = Field(
+        default=4, ge=1, description="rows in one forward pass; with data.packing, packed sequences"
+    )
     gradient_accumulation_steps: int = Field(
         default=4, ge=1, description="effective batch = this times micro_batch_size"
     )

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from qlora_core.data.rendering import NEXT_STEP, Origin, check_code, render, render_all
 from qlora_core.data.row import Message
+from qlora_core.data.tokenizer_proof import check_text
 from qlora_core.errors import DataError, MaskError, ModelError
 
 logger = logging.getLogger(__name__)
-
-Origin = Literal["file", "tokenizer", "plain default"]
 
 # For base tokenizers that bring no template. It needs nothing of a tokenizer but a stop token.
 PLAIN_TEMPLATE = (
@@ -33,20 +32,9 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
 
-# Llama 3 templates write today's date unless told one; a fixed one keeps two runs byte-equal. Templates that know
-# nothing of these variables ignore them. Reasoning is off: dataset answers come without it.
-TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024", "enable_thinking": False}
-
-# What a user's template may raise besides Jinja's own errors.
-TEMPLATE_FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
-
 PROBE = (
     Message("user", "Which comes first, alpha or Beta?"),
     Message("assistant", "Alpha comes first; then comes Beta.", train=True),
-)
-NEXT_STEP = (
-    "Name a Jinja file in data.chat_template that writes each assistant text unchanged, directly after what "
-    "add_generation_prompt writes, and {{ eos_token }} directly after the text"
 )
 
 
@@ -55,9 +43,9 @@ class ChatTokenizer:
     """A tokenizer whose `chat_template` is the one in use.
 
     `origin` says where the template came from; `stop_token` is what it writes after an assistant's text. `bos_token_id`
-    is what every row must open with, exactly once; None where the tokenizer adds none by itself. `bos_added` says that
-    the template lacked it and was given it. Padding is nobody's business here: rows are padded by position, so that a
-    pad token equal to the stop token hides no label.
+    is what every row must open with, exactly once; None where the tokenizer adds none by itself. `named_bos_id` is the
+    tokenizer's BOS in either case. `bos_added` says that the template lacked it and was given it. Padding is nobody's
+    business here: rows are padded by position, so that a pad token equal to the stop token hides no label.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -65,6 +53,7 @@ class ChatTokenizer:
     stop_token: str
     stop_token_id: int
     bos_token_id: int | None
+    named_bos_id: int | None
     bos_added: bool
     special_text: re.Pattern[str]
 
@@ -72,10 +61,23 @@ class ChatTokenizer:
         """The conversation as text. Raises MaskError with the template's own complaint if it refuses."""
         return render(self.tokenizer, messages, self.origin, add_generation_prompt=add_generation_prompt)
 
+    def render_all(
+        self, conversations: Sequence[Sequence[Message]], *, add_generation_prompt: bool = False
+    ) -> list[str | MaskError]:
+        """Each conversation as text, or the template's complaint; in the order given."""
+        return render_all(self.tokenizer, conversations, self.origin, add_generation_prompt=add_generation_prompt)
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of rendered texts: the template writes the BOS, so none is added here."""
+        """Token ids of rendered texts, uncut and unpadded: the template writes the BOS, so none is added here."""
         if not texts:
             return []
+        if isinstance(self.tokenizer, PreTrainedTokenizerFast):
+            # The same as calling the tokenizer without its offsets, which take a third of the time.
+            backend = self.tokenizer.backend_tokenizer
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = bool(self.tokenizer.split_special_tokens)
+            return [one.ids for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         return list(encoded["input_ids"])
 
@@ -94,10 +96,11 @@ def load_chat_tokenizer(folder: Path, chat_template_file: Path | None = None) ->
 
     Only local files are read and no code from the folder is run. Raises ModelError for a folder without a usable
     tokenizer, DataError for an unreadable template file, MaskError for a template whose assistant text and stop token
-    cannot be told apart from the rest.
+    cannot be told apart from the rest, and for a tokenizer that loses characters of what the template writes.
     """
     tokenizer = _load_tokenizer(folder)
     template, origin = _choose_template(tokenizer, chat_template_file)
+    check_code(template, origin)
     tokenizer.chat_template = template
     bos_token_id = _own_bos(tokenizer)
     bos_added = bos_token_id is not None and str(tokenizer.bos_token) not in render(tokenizer, PROBE, origin)
@@ -107,36 +110,19 @@ def load_chat_tokenizer(folder: Path, chat_template_file: Path | None = None) ->
             logger.warning("the chat template (%s) writes no %s; it is written first now", origin, tokenizer.bos_token)
     stop_token = _find_stop_token(tokenizer, origin)
     logger.info("chat template: %s; stop token %s", origin, stop_token)
-    return ChatTokenizer(
+    named_bos = _named_token(tokenizer, "bos_token")
+    chat = ChatTokenizer(
         tokenizer=tokenizer,
         origin=origin,
         stop_token=stop_token,
         stop_token_id=tokenizer.get_vocab()[stop_token],
         bos_token_id=bos_token_id,
+        named_bos_id=None if named_bos is None else tokenizer.get_vocab().get(named_bos),
         bos_added=bos_added,
         special_text=_special_text(tokenizer, stop_token),
     )
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    origin: Origin,
-    *,
-    add_generation_prompt: bool = False,
-) -> str:
-    """The conversation as the tokenizer's template writes it. Raises MaskError if the template fails."""
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=add_generation_prompt, **TEMPLATE_VARIABLES
-        )
-    except TEMPLATE_FAULTS as error:
-        raise MaskError(
-            f"the chat template ({origin}) fails on turns {[message.role for message in messages]}: "
-            f"{type(error).__name__}: {error}. {NEXT_STEP}"
-        ) from error
-    return str(text)
+    check_text(chat, chat.render(PROBE), f"what the chat template ({origin}) writes")
+    return chat
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

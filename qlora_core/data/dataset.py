@@ -1,15 +1,19 @@
 """Reading a curated folder back: token rows for training, prompts for evaluation. Knows nothing of how it was made."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qlora_core.data.row import Message
-from qlora_core.data.split import SIDES
+from qlora_core.data.shards import shard_files
 from qlora_core.errors import DataError
+
+BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +38,36 @@ class PromptRow:
 
 @dataclass(frozen=True, slots=True)
 class StoredConversation:
-    """What the leak gate needs of a written row."""
+    """What the leak gate needs of a written row. `rejected` is the worse answer of a preference pair."""
 
     id: str
     messages: tuple[Message, ...]
+    group_keys: tuple[str, ...] = ()
+    rejected: str | None = None
+
+
+class StoredConversations(Iterable[StoredConversation]):
+    """The conversations of a side, read from its files batch by batch each time they are gone through."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self._files = shard_files(folder, split)
+
+    def __len__(self) -> int:
+        return sum(_row_count(path) for path in self._files)
+
+    def __iter__(self) -> Iterator[StoredConversation]:
+        for values in _rows(self._files, ["id", "messages", "train", "group_keys", "rejected"]):
+            row_id, turns, train, group_keys, rejected = values
+            messages = tuple(
+                Message(turn["role"], turn["content"], flag) for turn, flag in zip(turns, train, strict=True)
+            )
+            yield StoredConversation(row_id, messages, tuple(group_keys), rejected)
 
 
 def read_split(folder: Path, split: str) -> list[TokenRow]:
     """All rows of `train`, `validation` or `test`, ordered by id. Raises DataError for another name or a bad file."""
-    columns = _read_columns(folder, split, ["id", "input_ids", "loss_mask"])
-    return [TokenRow(*values) for values in zip(*columns, strict=True)]
+    files = shard_files(folder, split)
+    return [TokenRow(*values) for values in _rows(files, ["id", "input_ids", "loss_mask"])]
 
 
 def read_prompts(folder: Path, split: str, limit: int | None = None) -> list[PromptRow]:
@@ -51,27 +75,35 @@ def read_prompts(folder: Path, split: str, limit: int | None = None) -> list[Pro
 
     Ids are content hashes, so the first ones are a sample that depends on nothing but the rows.
     """
-    columns = _read_columns(folder, split, ["id", "category", "prompt", "reference", "messages"], limit)
-    return [PromptRow(*values) for values in zip(*columns, strict=True)]
+    files = shard_files(folder, split)
+    names = ["id", "category", "prompt", "reference", "messages"]
+    return [PromptRow(*values) for values in islice(_rows(files, names), limit)]
 
 
-def read_conversations(folder: Path, split: str) -> list[StoredConversation]:
-    """The conversations of a split as written, ordered by id. Train flags are not stored and come back False."""
-    ids, conversations = _read_columns(folder, split, ["id", "messages"])
-    return [
-        StoredConversation(row_id, tuple(Message(turn["role"], turn["content"]) for turn in turns))
-        for row_id, turns in zip(ids, conversations, strict=True)
-    ]
+def read_conversations(folder: Path, split: str) -> StoredConversations:
+    """The conversations of a split as written, ordered by id, read as they are gone through; no more than a batch of
+    them is in memory. Raises as `read_split` does, for a damaged file when it is reached.
+    """
+    return StoredConversations(folder, split)
 
 
-def _read_columns(folder: Path, split: str, names: Sequence[str], limit: int | None = None) -> list[list]:
-    if split not in SIDES:
-        raise DataError(f"unknown split {split!r}; a curated set has {', '.join(SIDES)}")
-    path = folder / f"{split}.parquet"
+def _rows(files: Sequence[Path], names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """The rows of the files in order, each as its values in these columns."""
+    for path in files:
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(BATCH_ROWS, columns=list(names)):
+                    yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+        except (OSError, KeyError, pa.ArrowException) as error:
+            raise _unusable(path, error) from error
+
+
+def _row_count(path: Path) -> int:
     try:
-        table = pq.read_table(path, columns=list(names))
+        return int(pq.read_metadata(path).num_rows)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{str(path)!r} is no split of a curated set: {error}. Curate the data again") from error
-    if limit is not None:
-        table = table.slice(0, limit)
-    return [table.column(name).to_pylist() for name in names]
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{str(path)!r} is no split of a curated set: {error}. Curate the data again")

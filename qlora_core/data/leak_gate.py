@@ -1,48 +1,111 @@
-"""The last look at a curated set: the files as written, checked from scratch for anything that is on two sides."""
+"""The last look at a curated set: the files as written, checked from scratch for anything that is on two sides.
 
+It shares with the placement how texts are compared (`relations`), not how rows are placed or who goes. What a near-
+duplicate is, it is told: the search needs the wrappers and preambles found among all rows, not only those kept.
+"""
+
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from qlora_core.data.dataset import StoredConversation, read_conversations
-from qlora_core.data.split import SIDES, HeldOut
+from qlora_core.data.relations import Kind, Relations, RelationsBuilder, user_turns
+from qlora_core.data.row import Row
+from qlora_core.data.row_store import RowStore
+from qlora_core.data.split import PRECEDENCE, SIDES
 from qlora_core.data.text_form import folded
 from qlora_core.errors import DataError
 
 SHOWN_LEAKS = 5
+REASONS = {
+    Kind.CONVERSATION: "the same conversation",
+    Kind.PROMPT: "a prompt is a user turn of the other",
+    Kind.TURN: "a prompt is a user turn of the other",
+    Kind.GROUP: "the same declared group",
+    Kind.NEAR_DUPLICATE: "near-duplicates",
+}
+
+ClusterRows = Callable[[Sequence[Row]], np.ndarray]
 
 
-def check_no_leaks(folder: Path) -> None:
-    """Read the three written splits and compare every pair of them.
+def check_no_leaks(folder: Path, cluster_rows: ClusterRows | None = None) -> None:
+    """Read the three written splits and compare every two of them.
 
-    Raises DataError, naming ids, if a row's whole conversation is on two sides (case, spacing and punctuation aside),
-    if a prompt of one side is a user turn on another, or if an id occurs twice.
+    `cluster_rows` takes all written rows, the source of each being its side, and gives each the number of its near-
+    duplicate cluster, -1 for none; None leaves near-duplicates unchecked.
+
+    Raises DataError, naming ids, if two sides share a whole conversation (case, spacing and punctuation aside), a
+    declared group key or a near-duplicate cluster, if a prompt of one side is a user turn on another, or if an id
+    occurs twice.
     """
-    splits = {side: read_conversations(folder, side) for side in SIDES}
-    leaks = [
-        f"{row.id} ({later}) matches {match} ({earlier})"
-        for earlier, later in (("test", "validation"), ("test", "train"), ("validation", "train"))
-        for row, match in _between(splits[earlier], splits[later])
-    ]
-    ids = [row.id for rows in splits.values() for row in rows]
-    if len(ids) != len(set(ids)):
-        leaks.append("an id occurs twice")
-    if leaks:
+    relations, side = _read_relations(folder)
+    if cluster_rows is not None:
+        relations = relations.with_clusters(np.asarray(cluster_rows(_written_rows(folder))))
+    leaking = _leaking_entries(relations, side)
+    rows = np.unique(relations.row[leaking])
+    faults = [_describe(relations, side, leaking, row) for row in rows[:SHOWN_LEAKS].tolist()]
+    repeated = relations.repeated()
+    faults += [f"{relations.ids[row].as_py()} occurs twice" for row in repeated[:SHOWN_LEAKS].tolist()]
+    if faults:
         raise DataError(
-            f"the written splits leak, {len(leaks)} times: {'; '.join(leaks[:SHOWN_LEAKS])}. "
+            f"the written splits leak, {len(rows)} rows, and {len(repeated)} ids occur twice: {'; '.join(faults)}. "
             "Do not evaluate on this set; curate again, and report this: curation should have dropped these rows"
         )
 
 
-def _between(
-    held_rows: list[StoredConversation], others: list[StoredConversation]
-) -> list[tuple[StoredConversation, str]]:
-    held = HeldOut()
-    whole: dict[tuple[tuple[str, str], ...], str] = {}
-    for row in held_rows:
-        held.add(row)
-        whole[_conversation(row)] = row.id
-    matches = [(row, whole.get(_conversation(row)) or held.match(row)) for row in others]
-    return [(row, match) for row, match in matches if match is not None]
+def _read_relations(folder: Path) -> tuple[Relations, np.ndarray]:
+    """The relations of all written rows, and the place in `PRECEDENCE` of each row's side."""
+    builder = RelationsBuilder()
+    counts = dict.fromkeys(SIDES, 0)
+    for name in SIDES:
+        for stored in read_conversations(folder, name):
+            builder.add(stored.id, user_turns(stored.messages), stored.group_keys, _whole(stored))
+            counts[name] += 1
+    places = [PRECEDENCE.index(name) for name in SIDES]
+    return builder.build(), np.repeat(np.array(places, np.int8), [counts[name] for name in SIDES])
 
 
-def _conversation(row: StoredConversation) -> tuple[tuple[str, str], ...]:
-    return tuple((message.role, folded(message.content)) for message in row.messages)
+def _whole(stored: StoredConversation) -> str:
+    """One text for a conversation; the lengths keep a turn's text from being taken for a border."""
+    turns = [(message.role, folded(message.content)) for message in stored.messages]
+    return "".join(f"{role} {len(text)} {text}" for role, text in turns)
+
+
+def _leaking_entries(relations: Relations, side: np.ndarray) -> np.ndarray:
+    """True for an entry whose key ties its row to one on a side that takes precedence.
+
+    Bit s of a key's mask is set if a row on side s has the key; entries of later turns look only at rows that have it
+    as more than that.
+    """
+    own = side[relations.row]
+    any_holder = np.zeros(relations.keys, np.uint8)
+    strong_holder = np.zeros(relations.keys, np.uint8)
+    bit = np.left_shift(np.uint8(1), own.astype(np.uint8))
+    np.bitwise_or.at(any_holder, relations.key, bit)
+    np.bitwise_or.at(strong_holder, relations.key[relations.strong], bit[relations.strong])
+    seen = np.where(relations.strong, any_holder[relations.key], strong_holder[relations.key])
+    return (seen & (bit - 1)) > 0
+
+
+def _describe(relations: Relations, side: np.ndarray, leaking: np.ndarray, row: int) -> str:
+    entries = np.flatnonzero(leaking & (relations.row == row))
+    entry = entries[np.argmin(relations.kind[entries])]
+    others = (relations.key == relations.key[entry]) & (side[relations.row] < side[row])
+    if relations.kind[entry] == Kind.TURN:
+        others &= relations.strong
+    candidates = relations.row[others]
+    match = candidates[np.lexsort((relations.rank[candidates], side[candidates]))[0]]
+    later, earlier = (f"{relations.ids[int(r)].as_py()} ({PRECEDENCE[side[r]]})" for r in (row, match))
+    return f"{later} matches {earlier}: {REASONS[Kind(int(relations.kind[entry]))]}"
+
+
+def _written_rows(folder: Path) -> RowStore:
+    """All written rows, `SIDES` after each other; a row's source is its side, its line its place there."""
+    store = RowStore()
+    for side in SIDES:
+        for line, stored in enumerate(read_conversations(folder, side), start=1):
+            store.append(
+                Row(stored.id, stored.messages, side, line, rejected=stored.rejected, group_keys=stored.group_keys)
+            )
+    return store

@@ -11,7 +11,10 @@ from qlora_core.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A usable row left out: by which rule, the id it matched, its length in tokens where that was the reason."""
+    """A usable row left out: by which rule, the id it matched, its length in tokens where that was the reason.
+
+    `score` is what the rule compared with its threshold: a similarity, a coverage, a tag.
+    """
 
     id: str
     source: str
@@ -19,6 +22,7 @@ class Dropped:
     rule: str
     matched_id: str | None = None
     tokens: int | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ def make_funnel(readings: Sequence[SourceReading], kept_sources: Sequence[str], 
             raise DataError(
                 f"rows of {reading.name} went missing: {counts}. This is a fault in curation; please report it"
             )
-        extra = {"rule": reading.rule} if reading.rule else {}
+        extra = {"rule": reading.rule, "rule_counts": dict(reading.rule_counts)} if reading.rule else {}
         by_source[reading.name] = {**counts, "format": reading.format, "trimmed": reading.trimmed, **extra}
     totals = {
         part: sum(counts[part] for counts in by_source.values()) for part in ("in", "kept", "dropped", "quarantined")

@@ -1,14 +1,18 @@
 """From dataset files to canonical rows: recognise, read, set aside the unreadable. Decides nothing about good rows."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from qlora_core.data.readers import oasst
+from qlora_core.config.curation import ReadersConfig
+from qlora_core.data.containers.record import Quarantined, Record, set_aside
 from qlora_core.data.readers.format import Format
-from qlora_core.data.readers.recognise import recognise
-from qlora_core.data.records import Quarantined, Record, read_records
+from qlora_core.data.readers.recognise import SAMPLE_RECORDS, known_formats, recognise
+from qlora_core.data.records import read_records
 from qlora_core.data.row import Row, RowError, make_row
+from qlora_core.data.row_store import RowStore
 from qlora_core.data.source_files import SourceFile
 from qlora_core.errors import DataError
 from qlora_core.progress import progress_bar
@@ -20,43 +24,50 @@ SHOWN_FAULTS = 5
 
 @dataclass(frozen=True, slots=True)
 class SourceReading:
-    """What one file held. `rows_in` counts rows and quarantined records; `rule` says how a nested record was read."""
+    """What one file held. `rows_in` counts rows and quarantined records: it is the sum of both.
+
+    `trimmed` counts the rows that lost the turns after their last answer. `rule` says how a nested record was read, and
+    `rule_counts` what that came to.
+    """
 
     name: str
     format: str
-    rows: list[Row]
+    rows: RowStore
     quarantined: list[Quarantined]
     rows_in: int
-    rule: str | None = None
-
-    @property
-    def trimmed(self) -> int:
-        """How many rows lost the turns that followed their last answer."""
-        return sum(row.trimmed > 0 for row in self.rows)
+    trimmed: int
+    rule: str | None
+    rule_counts: Mapping[str, int]
 
 
-def read_sources(files: Sequence[SourceFile]) -> list[SourceReading]:
+def read_sources(files: Sequence[SourceFile], readers: ReadersConfig) -> list[SourceReading]:
     """Read every file, in order. Raises DataError for a file that cannot be read or whose format is not clear."""
-    return [read_source(file) for file in files]
+    return [read_source(file, readers) for file in files]
 
 
-def read_source(file: SourceFile) -> SourceReading:
-    """Read one file: every record becomes one row or more, or a quarantine entry."""
-    records, faults = read_records(file)
-    form = recognise(file.name, records)
-    rows: list[Row] = []
-    quarantined = list(faults)
-    rows_in = len(faults)
-    with progress_bar(f"Reading {file.name}", len(records)) as advance:
-        for record in records:
-            outcomes = [_read_part(form, part, file.name, record.line) for part in _parts(form, record)]
-            rows_in += len(outcomes)
-            rows += [outcome for outcome in outcomes if isinstance(outcome, Row)]
-            quarantined += [outcome for outcome in outcomes if isinstance(outcome, Quarantined)]
+def read_source(file: SourceFile, readers: ReadersConfig) -> SourceReading:
+    """Read one file: every record becomes one row or more, or a quarantine entry.
+
+    The file is read once and never held: memory grows by what the rows take in Arrow.
+    """
+    records = read_records(file, int(readers.max_row_mb * 2**20))
+    head = _take_sample(records)
+    sample = [record for record in head if isinstance(record, Record)]
+    form = recognise(file.name, sample, known_formats(readers))
+    rows = RowStore()
+    quarantined: list[Quarantined] = []
+    trimmed, counts = 0, Counter[str]()
+    with progress_bar(f"Reading {file.name}", None) as advance:
+        for outcome in _outcomes(form, file.name, chain(head, records), counts):
+            if isinstance(outcome, Row):
+                rows.append(outcome)
+                trimmed += outcome.trimmed > 0
+            else:
+                quarantined.append(outcome)
             advance(1)
+    rows_in = len(rows) + len(quarantined)
     quarantined.sort(key=lambda entry: (entry.line, entry.reason))
-    rule = oasst.PATH_RULE if form is oasst.FORMAT else None
-    reading = SourceReading(file.name, form.name, rows, quarantined, rows_in, rule)
+    reading = SourceReading(file.name, form.name, rows, quarantined, rows_in, trimmed, form.rule, dict(counts))
     _log(reading)
     return reading
 
@@ -74,17 +85,37 @@ def check_quarantine(readings: Sequence[SourceReading], max_share: float) -> Non
         )
 
 
-def _parts(form: Format, record: Record) -> Sequence[object]:
-    return form.parts(record.value) if isinstance(record.value, Mapping) else [record.value]
+def _take_sample(records: Iterator[Record | Quarantined]) -> list[Record | Quarantined]:
+    """The beginning of a file up to its record number `SAMPLE_RECORDS`, and what is no record before that."""
+    taken: list[Record | Quarantined] = []
+    found = 0
+    for record in records:
+        taken.append(record)
+        found += isinstance(record, Record)
+        if found == SAMPLE_RECORDS:
+            break
+    return taken
 
 
-def _read_part(form: Format, part: object, source: str, line: int) -> Row | Quarantined:
+def _outcomes(
+    form: Format, source: str, records: Iterator[Record | Quarantined], counts: Counter[str]
+) -> Iterator[Row | Quarantined]:
+    for record in records:
+        if isinstance(record, Quarantined):
+            yield record
+        elif not isinstance(record.value, Mapping):
+            yield set_aside(source, record.line, "wrong type: the record is no object")
+        else:
+            parts = form.parts(record.value)
+            counts.update(form.count(parts))
+            yield from (_read_part(form, part, source, record.line) for part in parts)
+
+
+def _read_part(form: Format, part: Mapping[str, object], source: str, line: int) -> Row | Quarantined:
     try:
-        if not isinstance(part, Mapping):
-            raise RowError("wrong type: the record is no object")
         return make_row(form.read(part), source, line)
     except RowError as error:
-        return Quarantined(source, line, str(error))
+        return set_aside(source, line, error)
 
 
 def _log(reading: SourceReading) -> None:
@@ -96,5 +127,5 @@ def _log(reading: SourceReading) -> None:
         len(reading.rows),
         len(reading.quarantined),
         reading.trimmed,
-        f" ({reading.rule})" if reading.rule else "",
+        f" ({reading.rule}: {dict(reading.rule_counts)})" if reading.rule else "",
     )

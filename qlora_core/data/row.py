@@ -44,15 +44,22 @@ class Draft:
     category: str | None = None
     licence: str | None = None
     generator: str | None = None
+    language: str | None = None
+    tools: str | None = None
+    rejected: str | None = None
+    group_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """A conversation that opens with an optional system turn and a user turn, and ends on an assistant turn.
 
-    `id` is the SHA-256 of the messages alone, so it does not depend on where the row was found. `line` counts from 1
-    and is the line of the file where the record starts. `trimmed` counts the turns after the last answer that were
-    left out.
+    `id` is the SHA-256 of the messages and, where the row has them, of its tools and rejected answer, so it does not
+    depend on where the row was found. `line` counts from 1 and is the line of the file where the record starts.
+    `trimmed` counts the turns after the last answer that were left out. `tools` is the canonical JSON of the tools a
+    conversation may call; `rejected` the worse answer of a preference pair, whose better one is the last turn;
+    `group_keys` name what the row shares with others that must lie on its side of the split (a tree, a story).
+    `language` is what the data says, not what was measured.
     """
 
     id: str
@@ -63,6 +70,10 @@ class Row:
     licence: str | None = None
     generator: str | None = None
     trimmed: int = 0
+    language: str | None = None
+    tools: str | None = None
+    rejected: str | None = None
+    group_keys: tuple[str, ...] = ()
 
     @property
     def opening(self) -> str:
@@ -83,9 +94,15 @@ class Row:
         return tuple((message.role, spaced(message.content)) for message in self.messages)
 
 
-def row_id(messages: Sequence[Message]) -> str:
-    """SHA-256 over roles, contents and train flags, 64 hex digits."""
-    return digest_json([[message.role, message.content, message.train] for message in messages])
+def row_id(messages: Sequence[Message], tools: str | None = None, rejected: str | None = None) -> str:
+    """SHA-256 over roles, contents, train flags, tools and rejected answer, 64 hex digits.
+
+    With neither tools nor a rejected answer it is over the list of messages alone.
+    """
+    turns = [[message.role, message.content, message.train] for message in messages]
+    if tools is None and rejected is None:
+        return digest_json(turns)
+    return digest_json({"messages": turns, "tools": tools, "rejected": rejected})
 
 
 def make_row(draft: Draft, source: str, line: int) -> Row:
@@ -106,8 +123,9 @@ def make_row(draft: Draft, source: str, line: int) -> Row:
         raise RowError("no opening user turn: the assistant speaks first")
     if not any(message.train for message in kept):
         raise RowError("nothing to train: every assistant turn has weight 0")
+    _check_labels(draft)
     return Row(
-        id=row_id(kept),
+        id=row_id(kept, draft.tools, draft.rejected),
         messages=kept,
         source=source,
         line=line,
@@ -115,6 +133,10 @@ def make_row(draft: Draft, source: str, line: int) -> Row:
         licence=draft.licence,
         generator=draft.generator,
         trimmed=len(messages) - len(kept),
+        language=draft.language,
+        tools=draft.tools,
+        rejected=draft.rejected,
+        group_keys=draft.group_keys,
     )
 
 
@@ -124,7 +146,22 @@ def _check_turn(number: int, message: Message) -> None:
         raise RowError(f"{kind}: turn {number} ({message.role}) holds no text")
     if message.role == "system" and number > 1:
         raise RowError(f"misplaced system turn: turn {number}; only the first turn may be the system's")
-    if LONE_SURROGATE.search(message.content):
-        raise RowError(f"invalid text: turn {number} ({message.role}) holds half of a surrogate pair")
+    if fault := _text_fault(message.content):
+        raise RowError(f"invalid text: turn {number} ({message.role}) holds {fault}")
     if message.train and message.role != "assistant":
         raise RowError(f"wrong weight: turn {number} ({message.role}) asks for loss; only assistant turns are trained")
+
+
+def _check_labels(draft: Draft) -> None:
+    for name in ("category", "licence", "generator", "language", "tools", "rejected", "group_keys"):
+        value = getattr(draft, name)
+        for text in (value or "",) if name != "group_keys" else value:
+            if fault := _text_fault(text):
+                raise RowError(f"invalid text: {name} holds {fault}")
+
+
+def _text_fault(text: str) -> str | None:
+    # NUL ends a text for much of what reads it later: C libraries, numpy, databases.
+    if "\0" in text:
+        return "a NUL character"
+    return "half of a surrogate pair" if not text.isascii() and LONE_SURROGATE.search(text) else None

@@ -9,7 +9,8 @@ from qlora_core.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz")
+_PLAIN_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+DATA_SUFFIXES = (*_PLAIN_SUFFIXES, *(f"{suffix}.gz" for suffix in _PLAIN_SUFFIXES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +21,15 @@ class SourceFile:
     path: Path
 
 
-def list_source_files(sources: Sequence[Path], *, announce: bool = False) -> list[SourceFile]:
+def list_source_files(
+    sources: Sequence[Path], *, announce: bool = False, setting: str = "data.sources"
+) -> list[SourceFile]:
     """Every dataset file of `sources`, in their order; a folder gives its files (and its folders') sorted by name.
 
     In a folder only the suffixes in `DATA_SUFFIXES` count, and with `announce` what is passed over is logged; a file
     named directly is taken whatever its name. Hidden files and folders are left alone. A file reached twice is listed
-    once. Names: a file's own, or `folder/inner/file.json`; a name already taken gets `#2`.
+    once. Names: a file's own, or `folder/inner/file.json`; a name already taken gets `#2`. `setting` says in messages
+    which entry of the config lists `sources`.
 
     Raises DataError for a source that does not exist and for a folder without dataset files.
     """
@@ -33,7 +37,7 @@ def list_source_files(sources: Sequence[Path], *, announce: bool = False) -> lis
     seen: set[Path] = set()
     taken: set[str] = set()
     for source in sources:
-        for inner_name, path in _files_of(source, announce):
+        for inner_name, path in _files_of(source, announce, setting):
             if path.resolve() in seen:
                 if announce:
                     logger.info("%s is named by two sources; it is read once", inner_name)
@@ -45,12 +49,12 @@ def list_source_files(sources: Sequence[Path], *, announce: bool = False) -> lis
     return files
 
 
-def _files_of(source: Path, announce: bool) -> list[tuple[str, Path]]:
+def _files_of(source: Path, announce: bool, setting: str) -> list[tuple[str, Path]]:
     if source.is_file():
         return [(source.name, source)]
     if not source.is_dir():
         raise DataError(
-            f"data source {str(source)!r} does not exist. Relative paths in data.sources start at the folder of the "
+            f"{str(source)!r}, named in {setting}, does not exist. Relative paths there start at the folder of the "
             "config file; correct the path, or put the file there"
         )
     visible = sorted(
@@ -64,8 +68,8 @@ def _files_of(source: Path, announce: bool) -> list[tuple[str, Path]]:
         logger.info("in %s not read, because not named like a dataset: %s", source.name, ", ".join(passed_over))
     if not chosen:
         raise DataError(
-            f"data source {str(source)!r} is a folder without dataset files ({', '.join(DATA_SUFFIXES)}). "
-            "Put one there, or name a file directly in data.sources"
+            f"{str(source)!r}, named in {setting}, is a folder without dataset files ({', '.join(DATA_SUFFIXES)}). "
+            f"Put one there, or name a file directly in {setting}"
         )
     return [(f"{source.resolve().name}/{name}", path) for name, path in chosen]
 

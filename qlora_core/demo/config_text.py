@@ -10,7 +10,8 @@ DEMO_CONFIG = """\
 # Any setting can be overridden for one run:  qlora run pipeline.yaml --set sweep.trials=2
 
 data:
-  # Files or folders. Formats (Alpaca, messages, ShareGPT, prompt/response, OASST) are recognised by content.
+  # Files or folders, s3:// paths, hub names as hf://owner/name@commit, the most trusted first. Formats (Alpaca,
+  # messages, ShareGPT, prompt/response, preference pairs, OASST, ...) are recognised by content.
   sources: [data]
   # Longer rows are dropped (or cut, with `over_long: cut`). For the demo: its model has room for 256 tokens.
   max_tokens: 256
@@ -24,6 +25,12 @@ data:
     test: 0.1
     # Change it to draw another split.
     salt: qlora
+  # Which tags drop a row: licence, languages, personal_data and secrets (keep, redact, drop), and more.
+  # policy: {licence: commercial, languages: [en], personal_data: redact}
+  # Rows whose word shingles are at least this alike (Jaccard) are one; `action: report` drops none.
+  near_duplicates: {threshold: 0.8}
+  # Whole rows side by side in one sequence, blind to each other; then train.micro_batch_size counts sequences.
+  # packing: {enabled: true}
   # A Jinja file; without it, the base tokenizer's own template.
   # chat_template: chat.jinja
 
@@ -85,6 +92,8 @@ sweep:
   seed: 0
 
 evaluate:
+  # Files of evaluation items (GSM8K, MMLU, ...) that the training data must not hold.
+  # prompt_sets: [eval/gsm8k_test.jsonl]
   # Test rows scored for loss, and test prompts answered, matched and judged.
   max_rows: 500
   max_prompts: 150

@@ -20,6 +20,7 @@ class Planted(NamedTuple):
     duplicates_within_file: int
     duplicates_across_files: int
     near_copies: int
+    follow_ups: int
     over_long: int
     broken: int
 
@@ -33,8 +34,9 @@ PER_FAMILY = 280
 """Tasks per family, where a family has that many."""
 
 PLANTED = Planted(
-    clean=2682, duplicates_within_file=60, duplicates_across_files=45, near_copies=120, over_long=24, broken=20
-)
+    clean=2682, duplicates_within_file=60, duplicates_across_files=45, near_copies=120, follow_ups=30, over_long=24,
+    broken=20,
+)  # fmt: skip
 """Clean rows are counted after PER_FAMILY; a test holds the other numbers against the files."""
 
 OVER_LONG_WORDS = 200
@@ -53,7 +55,10 @@ def write_instructions(folder: Path, *, seed: int = 0) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     alpaca, messages, sharegpt = (folder / name for name in ("alpaca.json", "messages.jsonl", "sharegpt.json"))
     _write_array(alpaca, [_alpaca(task) for task in shares[0]], _BROKEN_ALPACA, rng)
-    _write_lines(messages, [_messages(task) for task in shares[1]], _BROKEN_MESSAGES, rng)
+    later = [_follow_up(number, task) for number, task in enumerate(rng.sample(shares[0], PLANTED.follow_ups), start=1)]
+    told = [*(_messages(task) for task in shares[1]), *later]
+    rng.shuffle(told)
+    _write_lines(messages, told, _BROKEN_MESSAGES, rng)
     _write_array(sharegpt, [_sharegpt(task) for task in shares[2]], _BROKEN_SHAREGPT, rng)
     (folder / "README.md").write_text(_readme(), encoding="utf-8")
     return [alpaca, messages, sharegpt]
@@ -79,10 +84,7 @@ def _with_faults(tasks: list[Task], rng: random.Random) -> list[list[Task]]:
 
 
 def _near_copy(task: Task, rng: random.Random) -> Task:
-    """The same question and answer; the question differs in case or closing punctuation.
-
-    A split by the prompt as written may put the two on different sides; the copy there is a leak.
-    """
+    """The same question and answer; the question differs in case or closing punctuation."""
     text = task.instruction
     changed = rng.choice((text.lower() + "!", text.upper(), text.rstrip("?.") + "..."))
     return task._replace(instruction=changed)
@@ -95,6 +97,15 @@ def _alpaca(task: Task) -> Row:
 def _messages(task: Task) -> Row:
     turns = [{"role": "user", "content": task.prompt}, {"role": "assistant", "content": task.answer}]
     return {"messages": turns, "category": task.category}
+
+
+def _follow_up(number: int, task: Task) -> Row:
+    """A conversation that comes to another row's question in its second turn: a leak where the split parts the two."""
+    opening = [
+        {"role": "user", "content": f"Good day, this is call {number}."},
+        {"role": "assistant", "content": "hello"},
+    ]
+    return {"messages": [*opening, *_messages(task)["messages"]], "category": task.category}
 
 
 def _sharegpt(task: Task) -> Row:
@@ -175,7 +186,8 @@ Planted for curation to find:
 | clean rows | {PLANTED.clean} |
 | exact duplicates within a file | {PLANTED.duplicates_within_file} |
 | exact duplicates across files | {PLANTED.duplicates_across_files} |
-| a prompt again in other case or punctuation: a leak where the split parts the two | {PLANTED.near_copies} |
+| a prompt again in other case or punctuation: a near-duplicate | {PLANTED.near_copies} |
+| a prompt again as a later turn: a leak where the split parts the two | {PLANTED.follow_ups} |
 | longer than the demo model's 256 tokens | {PLANTED.over_long} |
 | broken: unparsable, unknown role, empty answer, missing field, wrong type | {PLANTED.broken} |
 """

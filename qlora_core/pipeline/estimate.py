@@ -49,7 +49,7 @@ def estimate_memory(pipeline: Pipeline) -> dict[str, int | str]:
     """Bytes of one worker for its largest trial; a note instead where the base has yet to be made.
 
     Keys: `quantized_base_bytes`, `adapter_bytes` (float32 weights and gradients), `optimizer_bytes`, `logits_bytes`
-    (one micro-batch at `data.max_tokens`, float32, with its gradient) and `floor_bytes`, their sum: no activations.
+    (one micro-batch of the longest rows or packs, float32, with its gradient), `floor_bytes`, the sum: no activations.
     """
     base = pipeline.job.external_base
     if base is None:
@@ -76,7 +76,7 @@ def _account(
         "quantized_base_bytes": round(quantized * bits_per_parameter(config) / 8) + 4 * kept,
         "adapter_bytes": 8 * adapter,
         "optimizer_bytes": _STATE_BYTES[config.train.optimizer] * adapter,
-        "logits_bytes": 8 * micro_batch * config.data.max_tokens * int(model_config.get("vocab_size", 0)),
+        "logits_bytes": 8 * micro_batch * _sequence_tokens(config) * int(model_config.get("vocab_size", 0)),
     }
     return {**parts, "floor_bytes": sum(parts.values())}
 
@@ -90,6 +90,11 @@ def bits_per_parameter(config: PipelineConfig) -> float:
     if not config.quantize.double_quant:
         return 4 + 32 / blocksize
     return 4 + 8 / blocksize + 32 / (_SECOND_LEVEL_BLOCKSIZE * blocksize)
+
+
+def _sequence_tokens(config: PipelineConfig) -> int:
+    packing = config.data.packing
+    return packing.tokens or config.data.max_tokens if packing.enabled else config.data.max_tokens
 
 
 def _is_quantized(name: str, tensor: StoredTensor, config: PipelineConfig) -> bool:

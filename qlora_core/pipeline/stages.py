@@ -72,18 +72,43 @@ def _curate_key(job: Job, inputs: Manifests) -> StageKey:
     else:
         tokenizer = digest_files({**tokenizer_files(base.folder), "config.json": base.folder / "config.json"})
     settings = job.section("data", without=frozenset({"sources", "chat_template"}))
+    # A path is no content; what lies there is an input.
+    del settings["split"]["earlier"]
+    # The order of sources decides which of two like rows stays.
+    settings["source_order"] = list(job.source_digests)
+    settings["prompt_set_order"] = list(job.prompt_set_digests)
     # File by file, so that `qlora store explain` can name the one that changed.
     sources = {f"sources/{name}": digest for name, digest in job.source_digests.items()}
-    digests = {**sources, "tokenizer": tokenizer, "chat_template": job.chat_template_digest}
-    return StageKey("curate", "1", settings, digests)
+    prompt_sets = {f"prompt_sets/{name}": digest for name, digest in job.prompt_set_digests.items()}
+    digests = {**sources, **prompt_sets, "tokenizer": tokenizer, "chat_template": job.chat_template_digest}
+    if job.config.data.tags.plugins:
+        from qlora_core.data.tags.plugins import PluginTagger
+
+        digests |= {f"plugin/{spec}": PluginTagger(spec).fingerprint for spec in job.config.data.tags.plugins}
+    if job.earlier_split is not None:
+        digests["earlier_split"] = job.earlier_split_digest
+    if job.config.data.tags.model_scores:
+        digests["base"] = inputs["base"].digest if base is None else base.digest
+    return StageKey("curate", "2", settings, digests)
 
 
 def _build_curate(job: Job, inputs: Inputs, out: Path) -> None:
     from qlora_core.data.curate import curate
+    from qlora_core.data.tags.cache import TagCache
+    from qlora_core.store.tag_shelf import StoreTagShelf
 
     base = base_files(job, inputs)
-    sources = [job.config.path(source) for source in job.config.data.sources]
-    curate(job.config.data, sources, base.folder, base.max_positions, out, job.chat_template)
+    curate(
+        job.config.data,
+        job.source_paths,
+        base.folder,
+        base.max_positions,
+        out,
+        job.chat_template,
+        prompt_sets=job.prompt_set_paths,
+        earlier=job.earlier_split,
+        tag_cache=TagCache(StoreTagShelf(job.store.backend)),
+    )
 
 
 def _quantize_key(job: Job, inputs: Manifests) -> StageKey:
@@ -139,7 +164,7 @@ def judge_kind(job: Job) -> str:
 
 
 def _evaluate_key(job: Job, inputs: Manifests) -> StageKey:
-    settings = job.section("evaluate", without=frozenset({"batch_size", "judge"}))
+    settings = job.section("evaluate", without=frozenset({"batch_size", "judge", "prompt_sets"}))
     judge = job.config.evaluate.judge
     settings["judge"] = {"kind": judge_kind(job)}
     if judge_kind(job) == "openai":

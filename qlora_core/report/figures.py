@@ -35,6 +35,7 @@ STYLE: dict[RcKeyType, Any] = {
 WIDTH_IN = 6.4
 CURVE_POINTS = 200
 MAX_PANELS = 3
+MAX_BARS = 12
 
 
 def funnel_figure(stages: Sequence[tuple[str, int]]) -> str:
@@ -49,6 +50,44 @@ def funnel_figure(stages: Sequence[tuple[str, int]]) -> str:
         axes.set_yticks(list(places), [label for label, _ in stages])
         axes.set_xlim(0, max(max(rows), 1) * 1.12)
         _bare(axes)
+        return _svg(figure)
+
+
+def counts_figure(counts: Mapping[str, int]) -> str | None:
+    """Rows by name as bars, the most on top; beyond MAX_BARS names the rest is one bar. None without any."""
+    if not counts:
+        return None
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown, rest = ranked[:MAX_BARS], ranked[MAX_BARS:]
+    if rest:
+        shown.append((f"{len(rest)} others", sum(count for _, count in rest)))
+    with rc_context(STYLE):
+        figure, axes = _figure(0.28 * len(shown) + 0.3)
+        places = range(len(shown), 0, -1)
+        axes.barh(places, [count for _, count in shown], height=0.62, color=ADAPTER_COLOUR)
+        most = max(max(count for _, count in shown), 1)
+        for place, (_, count) in zip(places, shown, strict=True):
+            axes.text(count + most * 0.01, place, f"{count:,}", va="center", color="#3d444d")
+        axes.set_yticks(list(places), [_plain(name) for name, _ in shown])
+        axes.set_xlim(0, most * 1.12)
+        _bare(axes)
+        return _svg(figure)
+
+
+def lengths_figure(histogram: Sequence[Mapping[str, int]], window: int) -> str | None:
+    """Rows by length in tokens, and the window they had to fit; bins {from, to, rows} as the card has them."""
+    if not histogram:
+        return None
+    with rc_context(STYLE):
+        figure, axes = _figure(2.2)
+        widths = [part["to"] - part["from"] + 1 for part in histogram]
+        rows = [part["rows"] for part in histogram]
+        axes.bar([part["from"] for part in histogram], rows, width=widths, align="edge", color=ADAPTER_COLOUR, lw=0)
+        axes.axvline(window, color=ALARM_COLOUR, lw=1.2)
+        axes.set_xlabel(f"tokens of a row (window: {window:,})")
+        axes.set_ylabel("rows")
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
         return _svg(figure)
 
 
@@ -202,6 +241,11 @@ def _sweep_panel(axes: Axes, name: str, trials: Sequence[Mapping[str, Any]], bes
         axes.scatter([place], [trial["loss"]], s=42, color=fill, edgecolors=ADAPTER_COLOUR, linewidths=1.4, zorder=3)
     axes.set_xlabel(name)
     axes.grid(axis="y")
+
+
+def _plain(text: str) -> str:
+    """A name from data as it stands: no mathematics between dollar signs, no second line."""
+    return " ".join(text.replace("$", r"\$").split())
 
 
 def _positive(value: float | None) -> bool:

@@ -15,8 +15,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from qlora_core.digest import digest_json
 from qlora_core.report.answers import match_table, read_answers, sample_answers
 from qlora_core.report.figures import (
+    counts_figure,
     curves_figure,
     funnel_figure,
+    lengths_figure,
     lineage_figure,
     matches_figure,
     quantization_figure,
@@ -25,6 +27,10 @@ from qlora_core.report.figures import (
 
 SHOWN_ANSWERS = 12
 SHOWN_QUARANTINED = 10
+SHOWN_HITS = 20
+OPEN_SAMPLES = 5
+# Of a cluster's opening prompt, where curation recorded it.
+SHOWN_CHARACTERS = 300
 SHORT_DIGEST = 12
 MISSING = "–"
 
@@ -78,6 +84,11 @@ def write_report(
             samples=sample_answers(answers, SHOWN_ANSWERS),
             answer_count=len(answers),
             quarantined=_quarantined(curated_folder),
+            near_duplicates=_switched_on(curation, "near_duplicates"),
+            contamination=_switched_on(curation, "contamination"),
+            shown_hits=SHOWN_HITS,
+            open_samples=OPEN_SAMPLES,
+            shown_characters=SHOWN_CHARACTERS,
             lineage=_lineage_rows(lineage),
             figures=_figures(curation, quantization, sweep, varied, matches)
             | {"lineage": _embedded(lineage_figure(lineage))},
@@ -108,6 +119,8 @@ def _figures(
     """Each figure as the address of an embedded image, None where there is nothing to draw."""
     drawn = {
         "funnel": funnel_figure(_funnel_stages(curation)),
+        "languages": counts_figure(curation.get("languages") or {}),
+        "lengths": lengths_figure((curation.get("lengths") or {}).get("histogram", []), curation["max_tokens"]),
         "matches": matches_figure(matches) if matches else None,
         "sweep": sweep_figure(sweep["trials"], varied, sweep.get("best")),
         "curves": curves_figure(sweep["trials"]),
@@ -142,6 +155,12 @@ def _funnel_stages(curation: Mapping[str, Any]) -> list[tuple[str, int]]:
         left -= gone
         stages.append((label, left))
     return [*stages, ("kept", curation["rows"]["kept"])]
+
+
+def _switched_on(curation: Mapping[str, Any], part: str) -> Mapping[str, Any] | None:
+    """What curation recorded of one of its optional parts; None where that was off."""
+    found = curation.get(part)
+    return None if not found or found.get("action") == "none" else found
 
 
 def _varied(sweep: Mapping[str, Any]) -> list[str]:

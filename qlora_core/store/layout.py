@@ -7,6 +7,7 @@ v1/pin/<name>.json                        artifacts that a person keeps
 v1/ref/<kind>/<name>.json                 artifacts that something else refers to: a registered model version
 v1/work/<name>/snapshot.json, .../blob/   work in progress: the newest checkpoint of a trial, in blobs of its own
 v1/verdict/<aa>/<sha256>.json             a judge's verdict, by what was asked
+v1/tags/<fingerprint>/<sha256>.parquet    what a tagger measured on rows, immutable segments by their own digest
 v1/quarantine/<name>-<random>             what failed verification
 """
 
@@ -20,6 +21,7 @@ PINS = "v1/pin"
 REFS = "v1/ref"
 WORK = "v1/work"
 VERDICTS = "v1/verdict"
+TAGS = "v1/tags"
 QUARANTINE = "v1/quarantine"
 MANIFEST_FILE = "manifest.json"
 

@@ -12,7 +12,7 @@ from qlora_core.progress import progress_bar
 from qlora_core.store.backend import Record
 from qlora_core.store.catalog import READS_AT_ONCE, Catalog, read_catalog
 from qlora_core.store.contents import in_parallel
-from qlora_core.store.layout import BLOBS, LEASES, VERDICTS, WORK, blob_name, manifest_name
+from qlora_core.store.layout import BLOBS, LEASES, TAGS, VERDICTS, WORK, blob_name, manifest_name
 from qlora_core.store.lease import parse_lease
 from qlora_core.store.manifest import FileEntry, Manifest, parse_manifest
 from qlora_core.store.quarantine import noting, set_record_aside
@@ -20,6 +20,7 @@ from qlora_core.store.refs import Ref, list_refs, remedy
 from qlora_core.store.roots import missing_targets, sound_snapshot
 from qlora_core.store.shelf import parse_document
 from qlora_core.store.store import Store
+from qlora_core.store.tag_shelf import check_segment
 
 _AT_ONCE = 4
 _SNAPSHOT = "/snapshot.json"
@@ -123,11 +124,12 @@ _MENDABLE: dict[str, Callable[[Record, str], object]] = {
     LEASES: _parse_lease,
     WORK: _parse_work,
     VERDICTS: _parse_verdict,
+    TAGS: check_segment,
 }
 
 
 def _record_faults(store: Store) -> dict[str, str]:
-    """What is wrong with leases, snapshots and verdicts, by name."""
+    """What is wrong with leases, snapshots, verdicts and tags, by name."""
     faults: dict[str, str] = {}
 
     def look(name: str) -> None:

@@ -169,15 +169,24 @@ def _length(params: TrainConfig, rows: int) -> TrialLength:
 
 
 def _trained_rows(curated: Path) -> int:
-    """Training rows with a trained token; the first token of a row is never predicted, and so never trained."""
+    """What a batch is made of: packed sequences where there are any, else training rows with a trained token.
+
+    The first token of a row is never predicted, and so never trained.
+    """
     import polars
 
-    path = curated / "train.parquet"
+    from qlora_core.data.packing import count_packs
+    from qlora_core.data.shards import shard_files
+
+    packs = count_packs(curated)
+    if packs is not None:
+        return packs
     has_trained_token = polars.col("loss_mask").list.slice(1).list.any()
     try:
-        return int(polars.scan_parquet(path).select(has_trained_token.sum()).collect().item())
+        rows = polars.scan_parquet(shard_files(curated, "train")).select(has_trained_token.sum())
+        return int(rows.collect().item())
     except (OSError, polars.exceptions.PolarsError) as error:
-        raise DataError(f"{path} is no split of a curated set: {error}; curate the data again") from error
+        raise DataError(f"{curated} is no curated set: {error}; curate the data again") from error
 
 
 def _identity(sweep: SweepConfig, train: TrainConfig, lineage: Mapping[str, str]) -> dict[str, Any]:

@@ -49,12 +49,14 @@ class SweepWorker:
         self._stop = threading.Event()
         self._trainer: Trainer | None = None
         self._rows: dict[str, list[TokenRow]] = {}
+        self._packs: list[list[str]] | None = None
 
     def load(self) -> dict[str, Any]:
-        """Load the base and the curated splits; returns where: `device` and `pid`."""
+        """Load the base and the curated splits, packed if they were packed; returns where: `device` and `pid`."""
         import torch
 
         from qlora_core.data.dataset import read_split
+        from qlora_core.data.packing import read_packs
         from qlora_core.model.base import choose_device
 
         device = choose_device()
@@ -62,6 +64,7 @@ class SweepWorker:
             # One core per worker: threads of several workers on the same cores slow each other down many times over.
             torch.set_num_threads(1)
         self._rows = {split: read_split(self._curated_folder, split) for split in ("train", "validation")}
+        self._packs = read_packs(self._curated_folder)
         self._load_base(self._precision)
         return {"device": device, "pid": os.getpid()}
 
@@ -119,6 +122,7 @@ class SweepWorker:
         self._trainer = None
         base = load_quantized(self._quantized_folder, precision=precision)
         keeper = StoreKeeper(**self._kept) if self._kept else None
-        self._trainer = Trainer(base, self._rows["train"], self._rows["validation"], self._trials_dir, keeper)
+        train, validation = self._rows["train"], self._rows["validation"]
+        self._trainer = Trainer(base, train, validation, self._trials_dir, keeper, self._packs)
         self._precision = precision
         _LOGGER.info("base loaded from %s in %s", self._quantized_folder, precision)

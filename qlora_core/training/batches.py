@@ -1,16 +1,19 @@
 """Which rows make up each step, and how rows become padded tensors.
 
-The order is a pure function of (seed, step): a resume needs no position but the step. Knows nothing of models or
-losses. Shapes: B rows of a micro-batch, T positions of its longest row.
+The order is a pure function of (seed, step): a resume needs no position but the step. A row may be a packed one, which
+holds several. Knows nothing of models or losses. Shapes: B rows of a micro-batch, T positions of its longest row.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
+import numpy as np
 import torch
 
 from qlora_core.data.dataset import TokenRow
+from qlora_core.model.packed_attention import document_positions
 
 IGNORE_INDEX = -100
 # Rows are sorted by length within pools of this many batches: short enough to keep the order random, long enough that
@@ -60,12 +63,58 @@ class BatchOrder:
         return sorted(rows, key=lambda row: -self._lengths[row])
 
 
+@dataclass(frozen=True, slots=True)
+class PackedRow(TokenRow):
+    """Several rows in one sequence. The first token of each is never trained: nothing before it belongs to its row."""
+
+    row_ids: tuple[str, ...]
+    lengths: tuple[int, ...]
+
+
+def pack(rows: Sequence[TokenRow]) -> PackedRow:
+    """Rows end to end, in the given order."""
+    return PackedRow(
+        id="+".join(row.id for row in rows),
+        input_ids=[token for row in rows for token in row.input_ids],
+        loss_mask=[trained and place > 0 for row in rows for place, trained in enumerate(row.loss_mask)],
+        row_ids=tuple(row.id for row in rows),
+        lengths=tuple(len(row.input_ids) for row in rows),
+    )
+
+
+class PackedRows(Sequence[TokenRow]):
+    """The packed rows of a training set, each put together when it is asked for.
+
+    Sequence k holds `rows[order[starts[k]]]` to `rows[order[starts[k + 1] - 1]]`; `order` has shape [rows], `starts`
+    [sequences + 1].
+    """
+
+    def __init__(self, rows: Sequence[TokenRow], order: np.ndarray, starts: np.ndarray) -> None:
+        self._rows = rows
+        self._order = order
+        self._starts = starts
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> PackedRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[PackedRow]: ...
+    def __getitem__(self, index: int | slice) -> PackedRow | list[PackedRow]:
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return [self[place] for place in places]
+        return pack([self._rows[row] for row in self._order[self._starts[places] : self._starts[places + 1]]])
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Rows of one forward pass, padded on the right to the longest of them.
 
     `labels_BT[b, t]` is the token that position t must predict, that is token t + 1 of the row where the loss mask
     trains it, else IGNORE_INDEX; a row's first token is never a label. `trained_tokens` counts the labels.
+    `position_ids_BT` is there for packed rows alone and starts anew at each row inside; None: one row a sequence.
     """
 
     row_ids: tuple[str, ...]
@@ -73,6 +122,7 @@ class MicroBatch:
     attention_mask_BT: torch.Tensor
     labels_BT: torch.Tensor
     trained_tokens: int
+    position_ids_BT: torch.Tensor | None = None
 
 
 def trained_tokens(row: TokenRow) -> int:
@@ -81,7 +131,10 @@ def trained_tokens(row: TokenRow) -> int:
 
 
 def collate(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
-    """Rows as one padded micro-batch on `device`. Padding is token 0, masked everywhere; at least one row is needed."""
+    """Rows as one padded micro-batch on `device`. Padding is token 0, masked everywhere; at least one row is needed.
+
+    Packed rows count as one each, and come all together or not at all.
+    """
     longest = max(len(row.input_ids) for row in rows)
     ids, mask, labels = [], [], []
     for row in rows:
@@ -94,10 +147,13 @@ def collate(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
             for token, trained in zip(row.input_ids[1:], row.loss_mask[1:], strict=True)
         ]
         labels.append(shifted + [IGNORE_INDEX] * (padding + 1))
+    packed = [row for row in rows if isinstance(row, PackedRow)]
+    positions = [document_positions(row.lengths, longest) for row in packed]
     return MicroBatch(
-        row_ids=tuple(row.id for row in rows),
+        row_ids=tuple(row_id for row in packed for row_id in row.row_ids) or tuple(row.id for row in rows),
         input_ids_BT=torch.tensor(ids, dtype=torch.long, device=device),
         attention_mask_BT=torch.tensor(mask, dtype=torch.long, device=device),
         labels_BT=torch.tensor(labels, dtype=torch.long, device=device),
         trained_tokens=sum(trained_tokens(row) for row in rows),
+        position_ids_BT=torch.tensor(positions, dtype=torch.long, device=device) if packed else None,
     )

@@ -9,11 +9,13 @@ optimizers or trials. Shapes: B rows, T positions, K kept positions, V vocabular
 import functools
 import inspect
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from qlora_core.model.packed_attention import isolating_inputs
 from qlora_core.training.batches import IGNORE_INDEX, MicroBatch
 
 
@@ -21,16 +23,18 @@ def loss_sum(base: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     """Sum of -ln p over the micro-batch's trained tokens, in nats, at least in float32.
 
     Zero trained tokens give 0. Logits are made only where some row of the batch has a label, if the model can.
+    Rows packed into one sequence do not see each other.
     """
     labels_BK = batch.labels_BT
-    options = {}
+    if batch.position_ids_BT is None:
+        options: dict[str, Any] = {"attention_mask": batch.attention_mask_BT, "use_cache": False}
+    else:
+        options = isolating_inputs(base, batch.position_ids_BT)
     if _keeps_logits(type(base)):
         kept_K = (labels_BK != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
         labels_BK = labels_BK[:, kept_K]
         options["logits_to_keep"] = kept_K
-    logits_BKV = base(
-        input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False, **options
-    ).logits
+    logits_BKV = base(input_ids=batch.input_ids_BT, **options).logits
     if logits_BKV.dtype in (torch.float16, torch.bfloat16):
         logits_BKV = logits_BKV.float()
     return functional.cross_entropy(

@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -14,7 +15,7 @@ from qlora_core.data.dataset import TokenRow
 from qlora_core.digest import digest_json
 from qlora_core.errors import TrainingError
 from qlora_core.model.loss import max_positions_of
-from qlora_core.training.batches import trained_tokens
+from qlora_core.training.batches import PackedRows, trained_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,26 @@ def check_rows(rows: Sequence[TokenRow], base: PreTrainedModel, split: str) -> N
                 f"{split} row {row.id!r} holds token ids {min(row.input_ids)} to {max(row.input_ids)}, but the base "
                 f"model's vocabulary is 0 to {vocabulary - 1}; was the data curated with another tokenizer?"
             )
+
+
+def packed_rows(rows: Sequence[TokenRow], packs: Sequence[Sequence[str]]) -> PackedRows:
+    """The rows as the sequences that `packs` lists, by row id.
+
+    Raises:
+        TrainingError: the sequences do not hold exactly these rows, each once, or one is empty; the message names one.
+    """
+    places = {row.id: place for place, row in enumerate(rows)}
+    order = np.array([places.get(row_id, -1) for ids in packs for row_id in ids], dtype=np.int64)
+    times = np.bincount(order[order >= 0], minlength=len(rows))
+    unknown = int((order < 0).sum())
+    if unknown or not all(packs) or (times != 1).any():
+        odd = [rows[int(place)].id for place in np.flatnonzero(times != 1)[:3]]
+        raise TrainingError(
+            f"the packed sequences do not fit the training rows: {unknown} ids are of no trainable row, "
+            f"{sum(not ids for ids in packs)} sequences are empty, {int((times != 1).sum())} rows are in none or in "
+            f"several (first: {odd}); curate the data again"
+        )
+    return PackedRows(rows, order, np.cumsum([0, *map(len, packs)]))
 
 
 def digest_rows(rows: Sequence[TokenRow]) -> str:

@@ -14,14 +14,16 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from qlora_core.data.dataset import TokenRow
+from qlora_core.digest import digest_json
 from qlora_core.errors import TrainingError
 from qlora_core.model.base import PRECISIONS
 from qlora_core.model.loss import sequence_losses
+from qlora_core.model.packed_attention import check_isolation
 from qlora_core.progress import progress_bar
 from qlora_core.training.checkpoint import Checkpoint, CheckpointKeeper, newest_checkpoint, save_checkpoint
 from qlora_core.training.export import capture, write_adapter
 from qlora_core.training.lora import attached_adapter, own_generators
-from qlora_core.training.preflight import check_rows, digest_rows, fingerprint_base, trainable_rows
+from qlora_core.training.preflight import check_rows, digest_rows, fingerprint_base, packed_rows, trainable_rows
 from qlora_core.training.schedule import total_steps
 from qlora_core.training.trial import Trial, TrialProgress
 from qlora_core.training.trial_run import TrialRun
@@ -44,8 +46,12 @@ class Trainer:
     With a `keeper`, the newest one is also kept beyond this machine, and a trial goes on from that one where it is
     further than what is here.
 
+    `packs` lists training rows by sequence, as `read_packs` gives them. Then a batch is made of sequences, and
+    `micro_batch_size` counts these; the loss stays the mean over trained tokens. Validation rows are never packed.
+
     Raises TrainingError at once for data no trial can be trained on: no rows, all labels masked, rows longer than the
-    base's positions, tokens outside its vocabulary.
+    base's positions, tokens outside its vocabulary, packs of other rows; and ModelError for packs on a base that does
+    not keep the rows of a sequence apart.
     """
 
     def __init__(
@@ -55,9 +61,11 @@ class Trainer:
         validation: Sequence[TokenRow],
         work_dir: Path,
         keeper: CheckpointKeeper | None = None,
+        packs: Sequence[Sequence[str]] | None = None,
     ) -> None:
         self._base = base
         self._train = trainable_rows(train, "train")
+        self._sequences: Sequence[TokenRow] = self._train if packs is None else packed_rows(self._train, packs)
         self._validation = trainable_rows(validation, "validation")
         self._work_dir = work_dir
         self._keeper = keeper
@@ -67,6 +75,9 @@ class Trainer:
         base.config.use_cache = False
         # Part of every checkpoint's identity; taken here, while the base has no adapter on it
         self._inputs = {"training data": digest_rows(self._train), "base model": fingerprint_base(base)}
+        if packs is not None:
+            check_isolation(base)
+            self._inputs["packed sequences"] = digest_json([list(ids) for ids in packs])
 
     def run(
         self, trials: Sequence[Trial], until_step: int | None, should_stop: Callable[[], bool] = _never
@@ -96,7 +107,7 @@ class Trainer:
             TrainingError: there is no checkpoint, nothing was learned, or the folder does not reproduce the logits.
         """
         with attached_adapter(self._base, trial.params) as adapter:
-            run = TrialRun(trial, adapter, self._train)
+            run = TrialRun(trial, adapter, self._sequences)
             if self._resume(run) is None:
                 raise TrainingError(f"trial {trial.id} has no checkpoint under {self._work_dir}; train it first")
             trained = capture(adapter, self._validation + self._train)
@@ -105,7 +116,7 @@ class Trainer:
     def _run_one(self, trial: Trial, until_step: int | None, should_stop: Callable[[], bool]) -> TrialProgress:
         self._check_precision(trial)
         with attached_adapter(self._base, trial.params) as adapter, own_generators(self._base.device):
-            run = TrialRun(trial, adapter, self._train)
+            run = TrialRun(trial, adapter, self._sequences)
             self._resume(run)
             until = run.total_steps if until_step is None else min(until_step, run.total_steps)
             if (earlier := run.progress_at(until)) is not None:

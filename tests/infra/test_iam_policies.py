@@ -22,6 +22,7 @@ from qlora_core.store.manifest import Manifest
 from qlora_core.store.refs import add_pin, add_ref, remove_ref
 from qlora_core.store.shelf import Shelf
 from qlora_core.store.store import Store, open_store
+from qlora_core.store.tag_shelf import StoreTagShelf
 from qlora_core.store.verification import verify
 from qlora_core.store.work import WorkArea
 
@@ -114,6 +115,14 @@ def test_builder_builds_checks_and_sets_corrupt_things_aside(acting: As) -> None
     artifact.path.joinpath("weights.safetensors").write_bytes(b"flipped")
     _, cached = store.get_or_build(key_of("quantize", 1), build)
     assert not cached
+
+
+def test_builder_keeps_and_replaces_tags(acting: As) -> None:
+    shelf = StoreTagShelf(acting("builder").backend)
+    shelf.write("f" * 64, "one.parquet", b"tags")
+    assert shelf.read("f" * 64, "one.parquet") == b"tags"
+    shelf.remove("f" * 64, "one.parquet")
+    assert shelf.sizes("f" * 64) == {}
 
 
 def test_evaluator_evaluates_and_keeps_verdicts(acting: As) -> None:

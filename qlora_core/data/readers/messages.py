@@ -34,7 +34,7 @@ def read_turns(turns: Sequence[object]) -> list[Message]:
             raise RowError(f"missing field: turn {number} has no role; it has {sorted(map(str, turn))}")
         role = read_role(turn["role"], number)
         content = _read_content(turn.get("content"), number)
-        messages.append(Message(role, content, _is_trained(turn, number, default=role == "assistant")))
+        messages.append(Message(role, content, is_trained(turn, number, default=role == "assistant")))
     return messages
 
 
@@ -53,7 +53,8 @@ def _read_content(content: object, turn: int) -> str:
     return "".join(texts).strip()
 
 
-def _is_trained(turn: Fields, number: int, *, default: bool) -> bool:
+def is_trained(turn: Fields, number: int, *, default: bool) -> bool:
+    """Whether a turn's weight asks for loss; `default` where it has none. Raises RowError for any but 0 and 1."""
     for name in WEIGHT_FIELDS:
         weight = turn.get(name)
         if weight is None:

@@ -1,4 +1,7 @@
-"""Records with one prompt and one answer under any of the usual pairs of names. Alpaca's fixed wrapper is taken off."""
+"""Records with one prompt and one answer under any of the usual pairs of names, FLAN's and TruthfulQA's among them.
+
+Alpaca's fixed wrapper is taken off.
+"""
 
 from qlora_core.data.readers.format import Fields, Format, make_draft, read_text, single_exchange
 from qlora_core.data.readers.messages import read_turns
@@ -14,6 +17,8 @@ PAIRS = (
     ("query", "response"),
     ("prompt", "answer"),
     ("input", "output"),
+    ("inputs", "targets"),
+    ("question", "best_answer"),
 )
 
 
@@ -37,5 +42,8 @@ def _read(fields: Fields) -> Draft:
 
 
 FORMAT = Format(
-    "prompt/response", "prompt and response or completion, question and answer, input and output", _matches, _read
+    "prompt/response",
+    "prompt and response or completion, question and answer, input and output, inputs and targets",
+    _matches,
+    _read,
 )

@@ -1,9 +1,9 @@
-"""ShareGPT conversations: a list of turns with `from` and `value`."""
+"""ShareGPT conversations: a list of turns with `from` and `value`, and weights per turn as in `messages`."""
 
 from collections.abc import Mapping
 
 from qlora_core.data.readers.format import Fields, Format, make_draft, read_role, read_text
-from qlora_core.data.readers.messages import turn_list
+from qlora_core.data.readers.messages import is_trained, turn_list
 from qlora_core.data.row import Draft, Message, RowError
 
 
@@ -21,7 +21,7 @@ def _read(fields: Fields) -> Draft:
             raise RowError(f"missing field: turn {number} does not say whom it is from")
         role = read_role(turn["from"], number)
         content = read_text(turn.get("value"), f"the value of turn {number}")
-        messages.append(Message(role, content, train=role == "assistant"))
+        messages.append(Message(role, content, is_trained(turn, number, default=role == "assistant")))
     return make_draft(fields, messages)
 
 

@@ -6,19 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_core.config.data import DataConfig, SplitConfig
+from qlora_core.config.curation import SplitConfig
+from qlora_core.config.data import DataConfig
 from qlora_core.data.chat_template import load_chat_tokenizer
 from qlora_core.data.curate import curate
 from qlora_core.data.dataset import read_prompts, read_split
 from qlora_core.data.leak_gate import check_no_leaks
-from qlora_core.data.row import Draft, Message, Row, make_row
-from qlora_core.data.split import SIDES, find_leaks, side_of
+from qlora_core.data.shards import shard_files
+from qlora_core.data.split import SIDES, side_of
 from qlora_core.errors import DataError, MaskError
 
 WriteJsonl = Callable[..., Path]
@@ -40,7 +40,8 @@ def run(out: Path, tokenizer: Path, *sources: Path, **values: Any) -> dict[str, 
 
 
 def table(folder: Path, name: str) -> list[dict[str, Any]]:
-    return pq.read_table(folder / f"{name}.parquet").to_pylist()
+    files = shard_files(folder, name) if name in SIDES else [folder / f"{name}.parquet"]
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
 def sides(folder: Path) -> dict[str, str]:
@@ -110,7 +111,8 @@ def test_two_runs_are_byte_equal_wherever_the_files_lie(
         for root in (tmp_path / "here/out", tmp_path / "there/out")
     )
     assert one == other
-    assert {"card.md", "curation.json", "dropped.parquet", "tokenizer/tokenizer.json", "train.parquet"} <= set(one)
+    assert {"card.md", "curation.json", "dropped.parquet", "tokenizer/tokenizer.json"} <= set(one)
+    assert {f"{side}-00000-of-00001.parquet" for side in SIDES} <= set(one)
 
 
 def test_digest_is_free_of_line_order_and_file_name_but_not_of_content(
@@ -154,53 +156,25 @@ def test_planted_leaks_are_dropped_from_train_and_name_what_they_match(
     clean = tmp_path / "clean"
     run(clean, plain_tokenizer, write_jsonl(sums(60), "clean.jsonl"))
     held = {row["messages"][0]["content"]: row["id"] for side in SIDES[1:] for row in table(clean, side)}
-    variants = [{"instruction": f"{prompt.upper().rstrip('?')} !", "output": "No idea."} for prompt in held]
-    planted = [row for row in variants if side_of(row["instruction"], config().split) == "train"]
-    assert planted, "no variant falls on the training side; plant more"
+    openings = [f"Hello {number}." for number in range(60) if side_of(f"hello {number}", config().split) == "train"]
+    planted = [
+        {
+            "messages": [
+                {"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, turns, strict=True)
+            ]
+        }
+        for opening, prompt in zip(openings, held, strict=False)
+        for turns in [(opening, "Hi.", f"{prompt.upper().rstrip('?')} !", "No idea.")]
+    ]
+    assert len(planted) >= 5
 
-    curation = run(tmp_path / "out", plain_tokenizer, write_jsonl([*sums(60), *planted], "planted.jsonl"))
+    paths = [write_jsonl(sums(60), "clean.jsonl"), write_jsonl(planted, "planted.jsonl")]
+    curation = run(tmp_path / "out", plain_tokenizer, *paths)
 
     leaks = [drop for drop in table(tmp_path / "out", "dropped") if drop["rule"] == "leak"]
     assert curation["reasons"]["leak"] == len(leaks) == len(planted)
     assert {leak["matched_id"] for leak in leaks} <= set(held.values())
     check_no_leaks(tmp_path / "out")
-
-
-def conversation(*turns: str) -> Row:
-    messages = [Message("assistant" if i % 2 else "user", text, train=bool(i % 2)) for i, text in enumerate(turns)]
-    return make_row(Draft(messages), "rows.jsonl", 1)
-
-
-def test_leak_looks_into_the_turns_of_a_conversation() -> None:
-    held = conversation("What is alpha?", "A letter.", "And beta?", "The next.")
-    asks_later = conversation("Hello.", "Hi.", "what is ALPHA", "A letter.")
-    asks_its_follow_up = conversation("and beta", "The second letter.")
-    same_follow_up_only = conversation("What is gamma?", "The third.", "And beta?", "The second.")
-    other_operator = conversation("What is alpha - beta?", "Nothing.")
-
-    leaks = find_leaks([asks_later, asks_its_follow_up, same_follow_up_only, other_operator], [], [held])
-
-    assert leaks == [(asks_later, held.id), (asks_its_follow_up, held.id)]
-
-
-def test_validation_gives_way_to_test() -> None:
-    held, copy = conversation("What is alpha?", "A letter."), conversation("what is alpha", "It is a letter.")
-
-    assert find_leaks([], [copy], [held]) == [(copy, held.id)]
-
-
-def test_leak_gate_finds_a_leak_in_written_files(
-    tmp_path: Path, plain_tokenizer: Path, write_jsonl: WriteJsonl
-) -> None:
-    out = tmp_path / "out"
-    run(out, plain_tokenizer, write_jsonl(sums(60)))
-    check_no_leaks(out)
-
-    leaked = pq.read_table(out / "test.parquet").slice(0, 1)
-    train = pq.read_table(out / "train.parquet")
-    pq.write_table(pa.concat_tables([train, leaked]), out / "train.parquet")
-    with pytest.raises(DataError, match=r"leak.*\(train\) matches .* \(test\)"):
-        check_no_leaks(out)
 
 
 def test_cut_rows_end_without_a_stop_token(tmp_path: Path, plain_tokenizer: Path, write_jsonl: WriteJsonl) -> None:
@@ -233,7 +207,7 @@ def test_samples_show_trained_parts_of_real_rows(
 ) -> None:
     curation = run(tmp_path / "out", chatml_tokenizer, write_jsonl(sums(40)))
 
-    assert len(curation["samples"]) == 8
+    assert len(curation["samples"]) == 20
     sample = curation["samples"][0]["text_parts"]
     assert [part["trained"] for part in sample] == [False, True, False]
     assert sample[0]["text"].startswith("<|im_start|>user\nWhat is")
@@ -283,7 +257,7 @@ def test_template_that_fails_on_rows_stops_the_stage(
 def test_unknown_split_and_missing_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'dev'.*train, validation, test"):
         read_split(tmp_path, "dev")
-    with pytest.raises(DataError, match=r"train\.parquet"):
+    with pytest.raises(DataError, match=r"train.*no such file"):
         read_split(tmp_path, "train")
 
 
@@ -362,7 +336,7 @@ def test_real_set_curates_for_a_real_tokenizer(name: str, shared_data: Path, tmp
     assert curation["rows"]["in"] == rows
     assert (curation["by_source"][name]["format"], curation["by_source"][name]["trimmed"]) == (form, trimmed)
     assert curation["chat_template"] == {"origin": "plain default", "stop_token": "</s>", "bos_added": True}
-    assert not set(curation["reasons"]) - {"duplicate", "over_long", "leak"}
+    assert not set(curation["reasons"]) - {"duplicate", "near_duplicate", "over_long", "leak"}
     assert curation["rows"]["quarantined"] == 0
 
 

@@ -1,13 +1,15 @@
 """What is trained, proven from the tokens; and which templates are refused."""
 
+import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_core.data.chat_template import ChatTokenizer, load_chat_tokenizer
-from qlora_core.data.loss_mask import MaskedRow, Refusal, check_template, mask_rows, text_parts
+from qlora_core.data.loss_mask import MaskedRow, Refusal, check_template, encode_proven, mask_rows, text_parts
 from qlora_core.data.row import Draft, Message, Row, make_row
 from qlora_core.data.window import fit
 from qlora_core.errors import DataError, MaskError, ModelError
@@ -108,8 +110,10 @@ def test_special_token_text_in_a_turn_never_becomes_that_token(chatml: ChatToken
 @given(turns=st.lists(st.text(min_size=1, max_size=30), min_size=2, max_size=6))
 def test_trained_tokens_are_exactly_the_answers_and_stops_for_any_text(plain: ChatTokenizer, turns: list[str]) -> None:
     texts = [text.strip() for text in turns]
-    if not all(texts) or any(0xD800 <= ord(c) <= 0xDFFF for text in texts for c in text):
+    if not all(texts) or any(c == "\0" or 0xD800 <= ord(c) <= 0xDFFF for text in texts for c in text):
         return
+    if any(plain.special_text.search(text) for text in texts):
+        return  # refused by a rule of its own, tested above
     messages = [Message("assistant" if i % 2 else "user", t, train=bool(i % 2)) for i, t in enumerate(texts)]
     one = row(*messages)
 
@@ -211,6 +215,77 @@ def test_tokenizer_that_loses_characters_drops_the_row(plain: ChatTokenizer, tmp
     outcomes = mask_rows(chat, [exchange("a", "schön"), exchange("schön", "b"), exchange("a", "ö"), exchange("a", "b")])
 
     assert [one.rule for one in outcomes if isinstance(one, Refusal)] == ["not_round_trip"] * 3
+
+
+def test_two_bos_are_one_too_many_where_the_tokenizer_adds_none(chatml_tokenizer: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ bos_token }}" + HEADED + "{{ m.content }}{{ eos_token }}" + TAIL)
+    chat = load_chat_tokenizer(chatml_tokenizer, file)
+
+    [refusal] = mask_rows(chat, [exchange("a", "b")])
+
+    assert chat.bos_token_id is None
+    assert isinstance(refusal, Refusal)
+    assert refusal.detail == "the row opens with two BOS (id 0)"
+
+
+def test_pad_token_that_is_the_stop_token_hides_no_label(plain: ChatTokenizer, tmp_path: Path) -> None:
+    plain.tokenizer.save_pretrained(str(tmp_path))
+    padded = load_chat_tokenizer(tmp_path)
+    padded.tokenizer.pad_token = padded.tokenizer.eos_token
+
+    masked = mask(padded, row(*TWO_ANSWERS))
+
+    assert [masked.loss_mask[turn.stop] for turn in masked.turns] == [True, True]
+    assert masked == mask(plain, row(*TWO_ANSWERS))
+
+
+def test_rows_proven_before_come_out_the_same_without_another_proof(plain: ChatTokenizer) -> None:
+    rows = [row(*TWO_ANSWERS), exchange("a", "ünïcode 你好 🙂"), row(*TWO_ANSWERS[:2], *TWO_ANSWERS[2:3])]
+
+    assert encode_proven(plain, rows) == mask_rows(plain, rows)
+
+
+def test_row_that_cannot_have_been_proven_is_no_row_of_the_record(chatml: ChatTokenizer) -> None:
+    with pytest.raises(MaskError, match=r"rows\.jsonl, line 1 is on record as proven, but .*without the cached tags"):
+        encode_proven(chatml, [exchange("a", "b"), exchange("a", "b<|im_end|>")])
+
+
+def test_masks_do_not_depend_on_how_many_rows_come_together(
+    plain: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row(*TWO_ANSWERS), exchange("<|end|>", "b"), *(exchange(f"q {n}", "word " * n + "end") for n in range(9))]
+    together = mask_rows(plain, rows)
+
+    for size in ("PORTION_CHARACTERS", "PORTION_ROWS"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"qlora_core.data.loss_mask.{size}", 1)
+            assert mask_rows(plain, rows) == together
+
+
+def test_tokens_are_those_of_the_tokenizer_itself(plain: ChatTokenizer) -> None:
+    texts = ["Alpha <|end|> beta", "  two  blanks ", "é\u0301🙂", "<|begin|><|begin|>x", ""]
+
+    expected = [plain.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+    assert plain.encode(texts) == expected
+
+
+@pytest.mark.integration
+def test_every_answer_of_real_conversations_is_trained_and_nothing_else(shared_data: Path) -> None:
+    chat = load_chat_tokenizer(shared_data / "models" / "stories260K-hf")
+    with (shared_data / "sft" / "sharegpt_dummy_conversation.json").open() as file:
+        stored = json.load(file)[:120]
+    roles: dict[str, Literal["user", "assistant"]] = {"human": "user", "gpt": "assistant"}
+    rows = [
+        row(*(Message(roles[t["from"]], t["value"].strip(), t["from"] == "gpt") for t in one["conversations"]))
+        for one in stored
+    ]
+
+    for one, masked in zip(rows, mask_rows(chat, rows), strict=True):
+        assert isinstance(masked, MaskedRow), masked
+        answers = [f"{message.content}</s>" for message in one.messages if message.train]
+        assert [text.strip() for text in trained_text(chat, masked)] == answers
 
 
 def test_tokenizer_without_template_and_eos_is_refused(endless_tokenizer: Path) -> None:

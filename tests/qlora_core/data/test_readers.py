@@ -4,9 +4,12 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qlora_core.config.curation import ReadersConfig
+from qlora_core.data.containers.record import LONGEST_REASON, set_aside
 from qlora_core.data.reading import SourceReading, check_quarantine, read_source
 from qlora_core.data.source_files import SourceFile
 from qlora_core.errors import DataError
@@ -14,8 +17,8 @@ from qlora_core.errors import DataError
 WriteJsonl = Callable[..., Path]
 
 
-def read(path: Path) -> SourceReading:
-    return read_source(SourceFile(path.name, path))
+def read(path: Path, **settings: Any) -> SourceReading:
+    return read_source(SourceFile(path.name, path), ReadersConfig(**settings))
 
 
 def turns(reading: SourceReading, row: int = 0) -> list[tuple[str, str, bool]]:
@@ -255,7 +258,7 @@ BROKEN_FILES = [
     (b'[{"prompt": "a", "response": "b"}, {"prompt"', "cannot be read as JSON"),
     (b'[\n{"prompt": "a", "response": "b"},\n{"prompt": "c", "response": "d"}\n', "cannot be read as JSON"),
     (b"PK\x03\x04 no text at all", "cannot be read as JSON"),
-    (b"Type,Question\na,b\n", "cannot be read as JSON"),
+    (b"Type,Shape\na,b\n", "in no known format"),
     (gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 50, mtime=0)[:-12], "damaged gzip"),
 ]
 
@@ -299,3 +302,41 @@ def test_quarantine_above_the_share_stops_with_the_first_reasons(write_jsonl: Wr
     check_quarantine([reading], 0.5)
     with pytest.raises(DataError, match=r"1 of 2 rows.*allows 0\.4(.|\n)*rows\.jsonl, line 2: empty answer"):
         check_quarantine([reading], 0.4)
+
+
+KEY = "AKIA" + "Q3EGRT5WZ7KD2MLP"
+MAIL = "jane.carter85@gmail.com"
+LETTER = "please do not tell anyone about this"
+
+
+@pytest.mark.parametrize("value", [KEY, MAIL, LETTER, "x" * 41, f"{KEY}'\"", f"a\n{MAIL}"])
+@pytest.mark.parametrize(
+    "record_of",
+    [
+        lambda value: {"messages": [{"role": value, "content": "Hi"}, {"role": "assistant", "content": "4"}]},
+        lambda value: {"messages": [{value: 1, "content": "Hi"}, {"role": "assistant", "content": "4"}]},
+        lambda value: {"messages": [{"role": "user", "content": [{"type": value, "x": 1}]}]},
+        lambda value: {"text_of": 1, value: 2},
+    ],
+)
+def test_a_reason_tells_no_value(record_of: Callable[[str], dict], value: str, write_jsonl: WriteJsonl) -> None:
+    good = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+    reading = read(write_jsonl([good, record_of(value)]))
+
+    (entry,) = reading.quarantined
+    assert not any(secret in entry.reason for secret in (KEY, MAIL, LETTER, "x" * 41))
+    assert entry.kind in ("unknown role", "missing field", "unusable part")
+
+
+def test_a_plain_word_is_told(write_jsonl: WriteJsonl) -> None:
+    good = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+    bad = {"messages": [{"role": "narrator", "content": "Hi"}, {"role": "assistant", "content": "4"}]}
+    (entry,) = read(write_jsonl([good, bad])).quarantined
+    assert entry.reason.startswith("unknown role: 'narrator' in turn 1; known: system")
+
+
+def test_what_no_quotes_enclose_is_replaced_and_then_cut() -> None:
+    entry = set_aside("f", 1, f"bad: {'word ' * 75}{MAIL} {KEY} " + "word " * 9999)
+    assert "<EMAIL>" in entry.reason
+    assert MAIL not in entry.reason
+    assert len(entry.reason) == LONGEST_REASON + 1

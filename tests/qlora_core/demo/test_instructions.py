@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_core.config.data import SplitConfig
+from qlora_core.config.curation import NearDuplicatesConfig, ReadersConfig, SplitConfig
 from qlora_core.demo.instructions import PLANTED, write_instructions
 from qlora_core.demo.tasks import FAMILIES, make_tasks
 from qlora_core.demo.words import COLOURS, KINDS, OPPOSITES, THINGS
@@ -34,8 +34,11 @@ def raw_rows(path: Path) -> list[Any]:
     return rows
 
 
-def pair(row: Any) -> tuple[str, str] | None:
-    """Question and answer of a sound row, None for a broken one: an independent reading of the three formats."""
+def pair(row: Any, *, conversations: bool = False) -> tuple[str, str] | None:
+    """Question and answer of a sound row, None for a broken one: an independent reading of the three formats.
+
+    Of a conversation they are the last ones, if they are asked for.
+    """
     try:
         if "instruction" in row or "output" in row:
             question = f"{row['instruction']}\n{row['input']}" if row["input"] else row["instruction"]
@@ -45,6 +48,8 @@ def pair(row: Any) -> tuple[str, str] | None:
             if {turn.get("role") or turn.get("from") for turn in turns} - ROLES:
                 return None
             parts = [turn.get("content") or turn.get("value") for turn in turns]
+            if len(parts) == 4:
+                return None if not conversations else (parts[2], parts[3])
     except (AttributeError, KeyError, TypeError):
         return None
     question, answer = parts
@@ -62,7 +67,7 @@ def test_same_seed_gives_same_bytes_and_another_seed_others(files: list[Path], t
 def test_planted_counts_are_what_the_files_hold(files: list[Path]) -> None:
     rows = [(path.name, pair(row)) for path in files for row in raw_rows(path)]
     assert len(rows) == PLANTED.rows
-    assert sum(found is None for _, found in rows) == PLANTED.broken
+    assert sum(found is None for _, found in rows) == PLANTED.broken + PLANTED.follow_ups
     sound = [(name, found) for name, found in rows if found]
     long = [found for _, found in sound if len(found[0].split()) > 150]
     assert len(long) == PLANTED.over_long
@@ -73,6 +78,14 @@ def test_planted_counts_are_what_the_files_hold(files: list[Path]) -> None:
     folded = Counter(tuple("".join(filter(str.isalnum, part.lower())) for part in found) for found in different)
     assert len(different) - len(folded) == PLANTED.near_copies
     assert len(folded) - len(long) == PLANTED.clean
+
+
+def test_follow_ups_ask_what_another_row_asks(files: list[Path]) -> None:
+    rows = [row for path in files for row in raw_rows(path)]
+    later = [pair(row, conversations=True) for row in rows if pair(row) is None and pair(row, conversations=True)]
+    assert len(later) == PLANTED.follow_ups
+    asked = {" ".join(found[0].lower().split()) for row in rows if (found := pair(row))}
+    assert all(" ".join(found[0].lower().split()) in asked for found in later if found)
 
 
 def test_there_is_enough_in_enough_families(files: list[Path]) -> None:
@@ -88,23 +101,29 @@ def test_readme_states_the_counts(files: list[Path]) -> None:
     assert all(f"| {count} |" in text for count in PLANTED)
 
 
-def test_curation_finds_exactly_what_was_planted(files: list[Path], tmp_path: Path) -> None:
+def test_curation_finds_exactly_what_was_planted(files: list[Path]) -> None:
     from qlora_core.data.deduplicate import drop_duplicates
+    from qlora_core.data.near_duplicates.find import drop_near_duplicates
+    from qlora_core.data.placement import place_rows
     from qlora_core.data.reading import read_sources
+    from qlora_core.data.row_store import RowStore
     from qlora_core.data.source_files import list_source_files
-    from qlora_core.data.split import find_leaks, side_of
 
-    readings = read_sources(list_source_files([files[0].parent]))
+    readings = read_sources(list_source_files([files[0].parent]), ReadersConfig())
     assert [reading.format for reading in readings] == ["alpaca", "messages", "sharegpt"]
     assert sum(reading.rows_in for reading in readings) == PLANTED.rows
     assert sum(len(reading.quarantined) for reading in readings) == PLANTED.broken
-    rows = [row for reading in readings for row in reading.rows]
-    unique, dropped = drop_duplicates(rows, {reading.name: place for place, reading in enumerate(readings)})
+    order = {reading.name: place for place, reading in enumerate(readings)}
+    rows = RowStore.concatenate(reading.rows for reading in readings)
+    kept, dropped = drop_duplicates(rows, order)
     assert len(dropped) == PLANTED.duplicates_within_file + PLANTED.duplicates_across_files
-    sides = {side: [row for row in unique if side_of(row.group_key, SplitConfig()) == side]
-             for side in ("train", "validation", "test")}  # fmt: skip
-    leaks = find_leaks(sides["train"], sides["validation"], sides["test"])
-    assert 15 <= len(leaks) <= PLANTED.near_copies
+    unique = rows.select(kept)
+    near = drop_near_duplicates(unique, order, NearDuplicatesConfig())
+    # A few generated rows are like each other beyond what was planted: "after 12, 13, 14" and "after 12, 13, 14, 15".
+    assert PLANTED.near_copies <= len(near.dropped) <= PLANTED.near_copies + 25
+    placement = place_rows(unique.select(near.kept), SplitConfig(), near.cluster_of[near.kept])
+    # About a third of the pairs are parted by shares of .8, .1 and .1.
+    assert 3 <= len(placement.dropped) <= PLANTED.follow_ups
 
 
 def test_answers_are_right() -> None:

@@ -19,6 +19,48 @@ FIELDS: dict[str, tuple[Any, str | None]] = {
     "data.split.validation": (0.2, "curate"),
     "data.split.test": (0.2, "curate"),
     "data.split.salt": ("other", "curate"),
+    "data.split.earlier": ("earlier", "curate"),
+    "data.readers.oasst": ("best_replies", "curate"),
+    "data.readers.max_row_mb": (1.0, "curate"),
+    "data.tags.language": (False, "curate"),
+    "data.tags.languages": (["en"], "curate"),
+    "data.tags.min_language_letters": (9, "curate"),
+    "data.tags.min_language_confidence": (0.5, "curate"),
+    "data.tags.personal_data": (False, "curate"),
+    "data.tags.allow": ([".*@example[.]org"], "curate"),
+    "data.tags.model_scores": (True, "curate"),
+    "data.tags.plugins": (["json:dumps"], "curate"),
+    "data.policy.languages": (["en"], "curate"),
+    "data.policy.undetermined_language": ("drop", "curate"),
+    "data.policy.licence": ("commercial", "curate"),
+    "data.policy.personal_data": ("redact", "curate"),
+    "data.policy.secrets": ("keep", "curate"),
+    "data.policy.injection": ("keep", "curate"),
+    "data.policy.truncated": ("drop", "curate"),
+    "data.policy.repeated_turns": ("drop", "curate"),
+    "data.policy.refusals": ("drop", "curate"),
+    "data.policy.placeholders": ("drop", "curate"),
+    "data.policy.mojibake": ("drop", "curate"),
+    "data.policy.scores": ({"answer_words": {"min": 2}}, "curate"),
+    "data.near_duplicates.action": ("report", "curate"),
+    "data.near_duplicates.threshold": (0.7, "curate"),
+    "data.near_duplicates.shingle_words": (3, "curate"),
+    "data.near_duplicates.permutations": (64, "curate"),
+    "data.near_duplicates.seed": (1, "curate"),
+    "data.decontaminate.action": ("report", "curate"),
+    "data.decontaminate.ngram_words": (8, "curate"),
+    "data.decontaminate.min_coverage": (0.5, "curate"),
+    "data.decontaminate.max_ngram_items": (5, "curate"),
+    "data.decontaminate.min_exact_words": (2, "curate"),
+    "data.selection.budget_rows": (10, "curate"),
+    "data.selection.clusters": (4, "curate"),
+    "data.selection.quality": ("answer_words", "curate"),
+    "data.selection.prefer": ("low", "curate"),
+    "data.selection.train_on": ("control", "curate"),
+    "data.selection.seed": (1, "curate"),
+    "data.packing.enabled": (True, "curate"),
+    "data.packing.tokens": (600, "curate"),
+    "data.shard_rows": (50, "curate"),
     "data.chat_template": ("template.jinja", "curate"),
     "data.max_tokens": (64, "curate"),
     "data.over_long": ("cut", "curate"),
@@ -58,6 +100,7 @@ FIELDS: dict[str, tuple[Any, str | None]] = {
     "sweep.pruning.reduction_factor": (3, "sweep"),
     "sweep.seed": (1, "sweep"),
     "sweep.max_attempts": (1, None),
+    "evaluate.prompt_sets": (["other"], "curate"),
     "evaluate.max_rows": (9, "evaluate"),
     "evaluate.max_prompts": (3, "evaluate"),
     "evaluate.max_new_tokens": (4, "evaluate"),
@@ -139,6 +182,8 @@ def filled(tmp_path_factory: pytest.TempPathFactory, make_project: Callable[[Pat
     folder = config.parent
     (folder / "other").mkdir()
     (folder / "other" / "rows.json").write_text('[{"instruction": "a", "output": "b"}]')
+    (folder / "earlier").mkdir()
+    (folder / "earlier" / "curation.json").write_text('{"digest": "1"}')
     (folder / "template.jinja").write_text("{{ messages }}")
     shutil.copytree(tiny_base, folder / "other-base")
     other = json.loads((folder / "other-base" / "config.json").read_text())
@@ -167,6 +212,24 @@ def test_changed_training_row_reruns_curation_but_not_quantization(filled: Path,
     rows[0]["output"] = "something else"
     (moved / "data" / "rows.json").write_text(json.dumps(rows))
     assert stale(load_config(moved / "pipeline.yaml")) == AFTER["curate"]
+
+
+def test_order_of_sources_reruns_curation(filled: Path) -> None:
+    both = load_config(filled, ['data.sources=["data", "other"]'])
+    pipeline = Pipeline(both)
+    fill(pipeline)
+    assert stale(both) == set()
+    assert stale(load_config(filled, ['data.sources=["other", "data"]'])) == AFTER["curate"]
+
+
+def test_edited_plugin_reruns_curation(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_scores_for_keys.py").write_text("def shortness(texts):\n    return [1.0 for _ in texts]\n")
+    overrides = ['data.tags.plugins=["my_scores_for_keys:shortness"]']
+    fill(Pipeline(load_config(filled, overrides)))
+    assert stale(load_config(filled, overrides)) == set()
+    (tmp_path / "my_scores_for_keys.py").write_text("def shortness(texts):\n    return [2.0 for _ in texts]\n")
+    assert stale(load_config(filled, overrides)) == AFTER["curate"]
 
 
 def test_moved_project_reruns_nothing(filled: Path, tmp_path: Path) -> None:

@@ -149,6 +149,23 @@ def text_of(html: str) -> str:
     return " ".join(re.sub(r"<[^>]+>", " ", re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)).split())
 
 
+PARTS = {
+    "languages": {"en": 90, "de": 7, "und": 3},
+    "lengths": {"rows": 100, "mean": 30.0, "quantiles": {"p50": 30},
+                "histogram": [{"from": 10, "to": 29, "rows": 60}, {"from": 30, "to": 49, "rows": 40}]},
+    "near_duplicates": {"action": "keep_one", "threshold": 0.8, "candidates": 5120, "verified": 31, "dropped": 27,
+                        "largest": [{"size": 12, "id": "e" * 64, "source": "data/a.jsonl", "members": ["f" * 64],
+                                     "text": "Name a colour."}]},
+    "contamination": {
+        "action": "drop",
+        "sets": [{"name": "gsm8k", "items": 1319, "items_hit": 4, "rows_hit": 5, "rows_dropped": 2}],
+        "hits": [{"item": "gsm8k/17", "set": "gsm8k", "row": "9" * 64, "source": "data/a.jsonl", "line": 405,
+                  "kind": "ngram", "coverage": 0.76, "item_span": [3, 40], "row_span": [5, 42],
+                  "text": "a farmer has nine hens", "dropped": True}],
+    },
+}  # fmt: skip
+
+
 def test_report_holds_every_section_verdict_first(tmp_path: Path, run: dict[str, Any]) -> None:
     assert tuple(read(page(tmp_path, run)).ids) == SECTIONS
 
@@ -275,3 +292,58 @@ def test_lineage_names_each_artifact_and_what_it_was_made_from(tmp_path: Path, r
     section = text[text.index('id="lineage"') : text.index('id="config"')]
     assert re.search(r"curate</td>.*?sources/a\.jsonl <code title=\"r{64}\">r{12}", section)
     assert re.search(r"sweep</td>.*?curate <code title=\"c{64}\">c{12}", section)
+
+
+def curation_text(html: str) -> str:
+    return text_of(html[html.index('<section id="curation">') : html.index('<section id="sweep">')])
+
+
+def test_what_curation_found_is_shown_with_its_evidence(tmp_path: Path, run: dict[str, Any]) -> None:
+    run["curation"] |= PARTS
+    run["curation"]["by_source"]["data/a.jsonl"]["reasons"] = {"duplicate": 9, "leak": 5}
+
+    html = page(tmp_path, run)
+    text = curation_text(html)
+
+    assert len(read(html).images) == 8
+    assert "rule data/a.jsonl all duplicate 9 9 leak 5 5 over_long 0 3" in text
+    assert "5,120 pairs compared, 31 verified by exact Jaccard similarity from 0.8, 27 rows dropped" in text
+    assert "12 data/a.jsonl eeeeeeeeeeee Name a colour. ffffffffffff" in text
+    assert "gsm8k 1,319 4 5 2" in text
+    assert "gsm8k/17 999999999999 data/a.jsonl, line 405 ngram 76% 3–40 5–42 a farmer has nine hens" in text
+
+
+def test_parts_of_curation_that_were_off_are_said_to_be(tmp_path: Path, run: dict[str, Any]) -> None:
+    run["curation"]["near_duplicates"] = {"action": "none"}
+    run["curation"]["contamination"] = None
+
+    text = curation_text(page(tmp_path, run))
+
+    for sentence in (
+        "Languages were not measured.",
+        "Lengths were not summed up.",
+        "Near-duplicates were not looked for.",
+        "compared with no evaluation set",
+    ):
+        assert sentence in text
+
+
+def test_twenty_samples_are_there_with_their_trained_tokens_marked(tmp_path: Path, run: dict[str, Any]) -> None:
+    sample = run["curation"]["samples"][0]
+    run["curation"]["samples"] = [{**sample, "id": f"row {number}"} for number in range(20)]
+
+    html = page(tmp_path, run)
+
+    assert [f'title="row {number}"' in html for number in range(20)] == [True] * 20
+    assert html.count("<mark> red&lt;|end|&gt;</mark>") == 20
+
+
+def test_text_that_curation_found_is_escaped_and_drawn_as_it_stands(tmp_path: Path, run: dict[str, Any]) -> None:
+    run["curation"] |= json.loads(json.dumps(PARTS).replace("Name a colour.", ATTACK).replace("a farmer", ATTACK))
+    run["curation"]["languages"] = {"$x^{ATTACK": 3, "a\nb": 2}
+    run["curation"]["reasons"][ATTACK] = 1
+
+    html = page(tmp_path, run)
+
+    assert "<script" not in html
+    assert html.count("&lt;script&gt;alert(") >= 3
