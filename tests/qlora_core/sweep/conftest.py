@@ -76,7 +76,7 @@ def curated(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "input_ids": [[(start + offset) % VOCABULARY for offset in range(10)] for start in starts],
             "loss_mask": [[False] * 2 + [True] * 8] * count,
         }
-        polars.DataFrame(rows).write_parquet(folder / f"{split}.parquet")
+        polars.DataFrame(rows).write_parquet(folder / f"{split}-00000-of-00001.parquet")
     (folder / "tokenizer").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / "tokenizer" / name).write_text(f"the {name}")
