@@ -29,7 +29,7 @@ from qlora_core.data.placement import Placement, place_rows, read_earlier
 from qlora_core.data.policy import check_score_names, decide
 from qlora_core.data.proof_tags import check_proofs, is_over_long, prove_rows
 from qlora_core.data.reading import SourceReading, check_quarantine, read_sources
-from qlora_core.data.redaction import Redactor, redact_rows
+from qlora_core.data.redaction import Redactor
 from qlora_core.data.remaining import Remaining
 from qlora_core.data.row import Row
 from qlora_core.data.row_store import RowStore
@@ -106,7 +106,8 @@ def curate(
     source_order = {reading.name: place for place, reading in enumerate(readings)}
 
     redactor = Redactor(config.policy, config.tags.allow)
-    remaining = Remaining(RowStore(redact_rows(_all_rows(readings), redactor)))
+    remaining = Remaining(RowStore.concatenate(reading.rows for reading in readings))
+    _redact(remaining, redactor)
     remaining.keep(*drop_duplicates(remaining.rows, source_order, earlier_ids))
     _check_not_empty(remaining, readings)
     _check_first_rows(chat, remaining.rows)
@@ -145,8 +146,15 @@ def _check_settings(config: DataConfig, taggers: Sequence[Tagger], limit: int) -
         sequence_tokens(config.packing.tokens, limit)
 
 
-def _all_rows(readings: Sequence[SourceReading]) -> RowStore:
-    return RowStore.concatenate(reading.rows for reading in readings)
+def _redact(remaining: Remaining, redactor: Redactor) -> None:
+    """Replace the rows that hold what is to go; the others are not copied."""
+    changed, places = RowStore(), []
+    for place, row in enumerate(remaining.rows):
+        made = redactor.redact(row)
+        if made is not row:
+            changed.append(made)
+            places.append(place)
+    remaining.replace(np.array(places, np.int64), changed)
 
 
 def _check_not_empty(remaining: Remaining, readings: Sequence[SourceReading]) -> None:

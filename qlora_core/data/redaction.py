@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from qlora_core.config.curation import PolicyConfig
@@ -108,8 +108,3 @@ class Redactor:
                 new, number = f"{placeholder} {number}", number + 1
             cleaned[new] = self._clean_values(one)
         return cleaned
-
-
-def redact_rows(rows: Iterable[Row], redactor: Redactor) -> Iterator[Row]:
-    """Each row as `redactor` leaves it, in order, one at a time; what was replaced is counted there."""
-    return map(redactor.redact, rows)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_core.config.curation import PolicyConfig
-from qlora_core.data.redaction import Redactor, redact_rows
+from qlora_core.data.redaction import Redactor
 from qlora_core.data.row import Draft, Message, Row, make_row, row_id
 from qlora_core.data.tags.text_marks import TextMarksTagger
 
@@ -25,7 +25,7 @@ def row_of(prompt: str, answer: str, **fields: Any) -> Row:
 def test_values_become_types_and_the_row_gets_the_id_of_its_text() -> None:
     redactor = Redactor(BOTH, [])
     row = row_of(f"Is {KEY} of {MAIL}?", f"No: {MAIL}.", rejected=f"{KEY}!", licence="MIT")
-    (made,) = redact_rows([row], redactor)
+    made = redactor.redact(row)
     assert [message.content for message in made.messages] == ["Is <AWS_KEY> of <EMAIL>?", "No: <EMAIL>."]
     assert (made.rejected, made.licence, made.messages[1].train) == ("<AWS_KEY>!", "MIT", True)
     assert made.id == row_id(made.messages, made.tools, made.rejected) != row.id
@@ -47,7 +47,7 @@ def test_secrets_and_personal_data_are_two_settings(policy: PolicyConfig, text: 
 def test_clean_rows_are_the_very_same_objects_and_allowed_values_stay() -> None:
     redactor = Redactor(BOTH, [r".*@gmail\.com"])
     rows = [row_of("What is 0.621371?", "In 1990, 8.8.8.8."), row_of(MAIL, "Yes.", tools='[{"a":"b"}]')]
-    assert all(made is row for made, row in zip(redact_rows(rows, redactor), rows, strict=True))
+    assert all(redactor.redact(row) is row for row in rows)
     assert redactor.counts.total() == redactor.rows == 0
 
 
