@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
-demo: $(STAMP)  ## Set up and run the whole job on generated data: about three minutes, no GPU, key or server
+demo: $(STAMP)  ## Set up and run the whole job on generated data: about four minutes, no GPU, key or server
 	$(BIN)/qlora init demo --if-missing
 	$(BIN)/qlora run demo/pipeline.yaml
 

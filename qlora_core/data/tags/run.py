@@ -148,7 +148,8 @@ def _stats(task: _Task) -> TagStats:
 
 
 def _log(stats: dict[str, TagStats]) -> None:
+    told = ", ".join(f"{name} {one.computed} ({one.cached} more found)" for name, one in stats.items())
+    logger.info("rows tagged now, and found as tagged before: %s", told)
     for name, one in stats.items():
-        logger.info("tagger %s: %d rows tagged, %d found in the cache", name, one.computed, one.cached)
         if one.failed:
             logger.warning("tagger %s failed on %d rows; they have no such tag", name, one.failed)

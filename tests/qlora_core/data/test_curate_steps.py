@@ -217,7 +217,7 @@ def test_second_run_tags_what_is_new_alone_and_says_the_same(
     run(write_jsonl(sums(60), "old.jsonl"), tag_cache=cache)
     with caplog.at_level(logging.INFO):
         run(write_jsonl(sums(63)), name="warm", tag_cache=cache)
-    assert "tagger proof: 3 rows tagged, 60 found in the cache" in caplog.text
+    assert "proof 3 (60 more found)" in caplog.text
     run(write_jsonl(sums(63)), name="cold")
     assert everything_in(tmp_path / "warm") == everything_in(tmp_path / "cold")
 
