@@ -7,7 +7,18 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import curate_scale, near_duplicates, store_transfer, tag_cache, warm_start
+from benchmarks import (
+    curate_scale,
+    memory_plan,
+    multi_adapter,
+    near_duplicates,
+    quantize_kernels,
+    quantize_stream,
+    residency,
+    store_transfer,
+    tag_cache,
+    warm_start,
+)
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -25,7 +36,18 @@ def machine() -> dict[str, object]:
 def main() -> None:
     """Run those that are named on the command line, or all; one JSON file each."""
     RESULTS.mkdir(exist_ok=True)
-    for module in (warm_start, store_transfer, near_duplicates, tag_cache, curate_scale):
+    for module in (
+        warm_start,
+        store_transfer,
+        near_duplicates,
+        tag_cache,
+        curate_scale,
+        memory_plan,
+        multi_adapter,
+        quantize_stream,
+        residency,
+        quantize_kernels,
+    ):
         name = module.__name__.rpartition(".")[2]
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue

@@ -32,7 +32,7 @@ def measure() -> dict[str, Any]:
         parameters = _write_base(base)
         quantized.mkdir()
         quantize_checkpoint(base, quantized, QuantizeConfig())
-        ways = {"stored": lambda: load_quantized(quantized), "on_the_fly": lambda: _quantize_while_loading(base)}
+        ways = {"stored": lambda: load_quantized(quantized), "on_the_fly": lambda: quantize_while_loading(base)}
         _check_equal(ways)
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for _ in range(ROUNDS):
@@ -62,7 +62,8 @@ def _write_base(folder: Path) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _quantize_while_loading(base: Path) -> PreTrainedModel:
+def quantize_while_loading(base: Path) -> PreTrainedModel:
+    """The base in NF4 as stock transformers and bitsandbytes make it, in float32 compute."""
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

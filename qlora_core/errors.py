@@ -5,7 +5,8 @@
     ├── DataError        (ValueError)    dataset files, rows, splits
     │   └── MaskError                    a chat template whose assistant tokens cannot be told apart
     ├── ModelError       (ValueError)    base checkpoints, tokenizers, adapters
-    ├── TrainingError    (RuntimeError)  NaN, nothing to train on, a checkpoint that does not fit
+    ├── TrainingError    (RuntimeError)  nothing to train on, a checkpoint that does not fit
+    │   └── NumericError                 a loss or gradient that is not finite, or jumped
     ├── SweepError       (RuntimeError)  no trial finished, no cluster, an impossible search space
     ├── EvaluationError  (ValueError)    verdict and label files, statistics that have no answer
     ├── JudgeError       (RuntimeError)  the judge's endpoint, its answers, its budget
@@ -50,6 +51,10 @@ class ModelError(QloraError, ValueError):
 
 class TrainingError(QloraError, RuntimeError):
     """A training run cannot go on."""
+
+
+class NumericError(TrainingError):
+    """A step of training whose loss or gradient is not finite or jumped: it was not taken."""
 
 
 class SweepError(QloraError, RuntimeError):

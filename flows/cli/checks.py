@@ -59,6 +59,7 @@ def plan(config: ConfigArgument, overrides: SetOption = None, json: JsonOption =
       qlora plan pipeline.yaml
     """
     with reporting(json) as report:
+        from flows.cli.memory_table import memory_lines
         from qlora_core.pipeline.estimate import estimate_judge, estimate_memory, planned_trials
 
         pipeline = open_pipeline(config, overrides)
@@ -70,6 +71,6 @@ def plan(config: ConfigArgument, overrides: SetOption = None, json: JsonOption =
         for stage in stages:
             report.say(f"{stage['name']:<10} {'cached' if stage['cached'] else 'would run'}")
         report.say(f"trials: {len(trials)}" + "".join(f"\n  {trial}" for trial in trials))
-        for name, value in memory.items():
-            report.say(f"{name}: {value / 2**20:,.1f} MiB" if isinstance(value, int) else f"{name}: {value}")
+        for line in memory_lines(memory):
+            report.say(line)
         report.say(f"judge: {judge['kind']}, at most {judge['calls']} calls, about {judge['cost_usd']:.2f} USD")

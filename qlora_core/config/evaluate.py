@@ -44,7 +44,9 @@ class EvaluateConfig(Section):
     max_prompts: int = Field(default=100, ge=0, description="test prompts answered, matched and judged")
     max_new_tokens: int = Field(default=128, ge=1)
     exact_match_max_words: int = Field(default=12, ge=1, description="longer references are not compared word for word")
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: int = Field(
+        default=16, ge=1, description="rows scored at once; prompts answered at once, each by base and adapter"
+    )
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     resamples: int = Field(default=2000, ge=100, description="bootstrap resamples of the test rows")
     seed: int = Field(default=0, ge=0)

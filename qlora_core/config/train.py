@@ -14,6 +14,11 @@ class TrainConfig(Section):
     lora_alpha: float = Field(default=16.0, gt=0)
     lora_dropout: float = Field(default=0.1, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    rank_pattern: dict[str, int] = Field(default={}, description="another rank for modules, by name ending")
+    use_rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
+    use_dora: bool = Field(default=False, description="learn a magnitude for each output beside the direction")
+    lora_init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    lora_plus_ratio: float = Field(default=1.0, gt=0, description="rate of B over that of A (LoRA+ uses 16)")
     learning_rate: float = Field(default=2e-4, gt=0, le=1)
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="share of the steps, acting under every schedule")
@@ -26,11 +31,14 @@ class TrainConfig(Section):
         default=4, ge=1, description="effective batch = this times micro_batch_size"
     )
     group_by_length: bool = True
-    optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = "paged_adamw_32bit"
+    optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw", "lion", "sgd"] = "paged_adamw_32bit"
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=0.3, gt=0)
+    spike_factor: float | None = Field(
+        default=10.0, gt=1, description="a loss this many times the recent median is rolled back; null: never"
+    )
     gradient_checkpointing: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="auto: bf16 where it is native"

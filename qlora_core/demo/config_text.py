@@ -47,6 +47,8 @@ quantize:
   double_quant: true
   # Linear layers kept in full precision, by name ending.
   skip_modules: [lm_head]
+  # A text: the report then says what four bits cost on it, and what other formats would.
+  # quality_text: held-out.txt
 
 train:
   # Any field of this section may stand in sweep.space instead.

@@ -19,7 +19,7 @@ from qlora_core.config.evaluate import EvaluateConfig
 from qlora_core.data.dataset import PromptRow, read_prompts
 from qlora_core.digest import digest_files
 from qlora_core.errors import EvaluationError, JudgeUnavailableError
-from qlora_core.evaluation.adapter_scores import SPLIT, AdapterScorer, heldout_rows, load_scorer
+from qlora_core.evaluation.adapter_scores import SPLIT, AdapterScorer, heldout_rows, open_scorer
 from qlora_core.evaluation.exact_match import compare_matches, matches
 from qlora_core.evaluation.heldout import RowLoss, compare_losses
 from qlora_core.evaluation.judge_cache import VerdictCache
@@ -29,6 +29,7 @@ from qlora_core.evaluation.judge_openai import OpenAIJudge, open_openai_judge
 from qlora_core.evaluation.pairwise import AnswerPair, judge_pairs, summarise_verdicts
 from qlora_core.evaluation.tournament import rate
 from qlora_core.evaluation.verdict import Verdict, write_verdicts
+from qlora_core.model.adapter_set import NamedAdapter
 from qlora_core.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ PASSING_REASONS = ("rate_limit", "timeout", "server_error", "connection", "quota
 MAX_LOST_SHARE = 0.1  # a few lost verdicts are counted and told; more are an outage
 BASE = "base"
 ADAPTER = "adapter"
+REFERENCE = "reference"
 LINEAGE = ("data_digest", "quantized_base_digest", "adapter_digest")
 
 
@@ -48,6 +50,7 @@ def evaluate_adapter(
     out: Path,
     *,
     precision: str = "auto",
+    residency: Mapping[str, Any] | None = None,
     verdict_cache: VerdictCache | None = None,
     lineage: Mapping[str, str] | None = None,
     environment: Mapping[str, str] | None = None,
@@ -56,7 +59,8 @@ def evaluate_adapter(
 
     `lineage` gives data_digest and quantized_base_digest to record (null where absent), and adapter_digest (else the
     digest of the adapter folder's files). `environment` holds the judge's key and address (None: the process's own).
-    `verdict_cache` None keeps verdicts for this call only.
+    `verdict_cache` None keeps verdicts for this call only. `residency` are the arguments of `load_quantized` on how
+    layers execute.
 
     Raises EvaluationError where the test split has fewer than two rows, JudgeError where the judge cannot be asked at
     all and ConfigError where its price is unknown: both before the model is loaded, as far as they can be known then.
@@ -66,10 +70,14 @@ def evaluate_adapter(
     prompts = read_prompts(curated_folder, SPLIT, config.max_prompts) if config.max_prompts else []
     kind = resolve_kind(config.judge, environment) if prompts else "none"
     out.mkdir(parents=True, exist_ok=True)
-    with _open_endpoint(config, kind, environment, verdict_cache) as endpoint:
-        scorer = load_scorer(config, quantized_folder, adapter_folder, curated_folder, precision)
-        losses = {BASE: scorer.losses(rows, adapter=False), ADAPTER: scorer.losses(rows, adapter=True)}
-        answers = {BASE: scorer.answers(prompts, adapter=False), ADAPTER: scorer.answers(prompts, adapter=True)}
+    named = [NamedAdapter(ADAPTER, adapter_folder)]
+    with (
+        _open_endpoint(config, kind, environment, verdict_cache) as endpoint,
+        open_scorer(config, quantized_folder, named, curated_folder, precision, residency) as scorer,
+    ):
+        losses = {BASE: scorer.losses(rows, None), ADAPTER: scorer.losses(rows, ADAPTER)}
+        by_base, by_adapter = scorer.answers(prompts, (None, ADAPTER))
+        answers = {BASE: by_base, ADAPTER: by_adapter}
         verdicts = _judge(scorer, endpoint, kind, prompts, answers)
         _check_outage(verdicts)
     metrics = {
@@ -97,6 +105,7 @@ def compare_adapters(
     evaluation_folder: Path,
     curated_folder: Path,
     precision: str = "auto",
+    residency: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """An evaluated adapter beside a reference adapter (a champion) on the same base, test rows and prompts.
 
@@ -113,10 +122,13 @@ def compare_adapters(
             f"{evaluation_folder} evaluates {len(recorded)} rows and {len(answers)} prompts, the data gives others "
             f"({len(rows)} and {len(prompts)}); evaluate again with the same data and evaluate section"
         )
-    scorer = load_scorer(config, quantized_folder, reference_folder, curated_folder, precision)
+    named = [NamedAdapter(REFERENCE, reference_folder)]
+    with open_scorer(config, quantized_folder, named, curated_folder, precision, residency) as scorer:
+        losses = scorer.losses(rows, REFERENCE)
+        (by_reference,) = scorer.answers(prompts, (REFERENCE,))
     return {
-        "heldout": _compare_losses(config, scorer.losses(rows, adapter=True), recorded),
-        "exact_match": _compare_answers(config, prompts, scorer.answers(prompts, adapter=True), list(answers.values())),
+        "heldout": _compare_losses(config, losses, recorded),
+        "exact_match": _compare_answers(config, prompts, by_reference, list(answers.values())),
     }
 
 
@@ -196,11 +208,9 @@ def _judge(
     with progress_bar("Judging", 2 * len(compared)) as advance:
         if endpoint is not None:
             return judge_pairs(endpoint, compared, model_a=ADAPTER, model_b=BASE, advance=advance)
-        with scorer.model.disable_adapter():
-            offline = LogProbJudge(
-                scorer.model.get_base_model(), scorer.chat.tokenizer, batch_size=scorer.config.batch_size
-            )
-            return judge_pairs(offline, compared, model_a=ADAPTER, model_b=BASE, advance=advance)
+        # No row has an adapter outside a scorer's own calls
+        offline = LogProbJudge(scorer.adapters.base, scorer.chat.tokenizer, batch_size=scorer.config.batch_size)
+        return judge_pairs(offline, compared, model_a=ADAPTER, model_b=BASE, advance=advance)
 
 
 def _check_outage(verdicts: Sequence[Verdict]) -> None:

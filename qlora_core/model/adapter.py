@@ -6,7 +6,7 @@ the base first. Knows PEFT's folder layout; knows nothing of training.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,13 @@ PROVENANCE_FILE = "qlora.json"
 GOLDEN_PROMPTS_FILE = "golden.json"
 GOLDEN_LOGITS_FILE = "golden.safetensors"
 _PREFIX = "base_model.model."
+_BEYOND_LORA = (
+    "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices", "lora_bias",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "velora_config", "monteclora_config", "arrow_config",
+    "kasa_config",
+)  # fmt: skip
+# Other starts may rewrite the base's weights, and do so again when PEFT loads the adapter
+_STARTS_BESIDE_THE_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
@@ -56,20 +63,32 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, expected_base_digest:
         ModelError: naming the first difference: a missing, damaged or pickled file, an adapter that is not plain LoRA,
             a tensor that is missing, unknown, misshapen or not finite, or another base's digest.
     """
+    read_fitting_adapter(base, folder, expected_base_digest=expected_base_digest)
+    model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+    return model.eval()
+
+
+def read_fitting_adapter(
+    base: PreTrainedModel, folder: Path, *, expected_base_digest: str | None = None
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """The settings and tensors of a PEFT folder, on the CPU, once they are known to be whole, finite and of this base.
+
+    Arguments and errors as of `attach_adapter`; the base is only looked at.
+    """
     config = read_adapter_config(folder)
     _check_base_digest(folder, expected_base_digest)
     tensors = read_adapter_tensors(folder)
     _check_fit(folder, expected_shapes(base, config), tensors)
-    model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
-    return model.eval()
+    return config, tensors
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
     """The LoRA settings of a PEFT folder.
 
     Raises:
-        ModelError: no or invalid `adapter_config.json`, or settings beyond A and B factors on Linear layers (DoRA,
-            biases, fully trained modules, layer replication).
+        ModelError: no or invalid `adapter_config.json`, or settings beyond A and B factors, and DoRA's
+            magnitudes, on Linear layers (biases, fully trained modules, a start that rewrites the base such as PiSSA,
+            and so on).
     """
     raw = _read_json(folder / CONFIG_FILE, "name a PEFT adapter folder")
     if raw.get("peft_type") != "LORA":
@@ -78,9 +97,11 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         config = PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
         raise ModelError(f"{folder / CONFIG_FILE} cannot be read by PEFT: {error}; export the adapter again") from error
-    beyond = {key: raw[key] for key in ("use_dora", "modules_to_save", "layer_replication") if raw.get(key)}
+    beyond = {key: raw[key] for key in _BEYOND_LORA if raw.get(key)}
     if raw.get("bias", "none") != "none":
         beyond["bias"] = raw["bias"]
+    if raw.get("init_lora_weights") not in _STARTS_BESIDE_THE_BASE:
+        beyond["init_lora_weights"] = raw["init_lora_weights"]
     if beyond or not isinstance(config, LoraConfig) or not config.target_modules:
         raise ModelError(
             f"{folder / CONFIG_FILE} asks for more or less than LoRA on named modules ({beyond or 'no targets'}); "
@@ -126,13 +147,30 @@ def expected_shapes(base: PreTrainedModel, config: LoraConfig) -> dict[str, tupl
             )
         wide_in, wide_out = _features(module)
         rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
-        shapes[f"{_PREFIX}{name}.lora_A.weight"] = (rank, wide_in)
-        shapes[f"{_PREFIX}{name}.lora_B.weight"] = (wide_out, rank)
+        a_name, b_name = tensor_names(name)
+        shapes[a_name], shapes[b_name] = (rank, wide_in), (wide_out, rank)
+        if config.use_dora:
+            shapes[magnitude_name(name)] = (wide_out,)
     if not shapes:
         raise ModelError(
             f"the adapter's target_modules {config.target_modules} name no module of this base; use its own base"
         )
     return shapes
+
+
+def tensor_names(module: str) -> tuple[str, str]:
+    """The names under which PEFT's files hold the A and B factors of a module of the base."""
+    return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
+
+
+def magnitude_name(module: str) -> str:
+    """The name under which PEFT's files hold DoRA's magnitudes of a module of the base."""
+    return f"{_PREFIX}{module}.lora_magnitude_vector"
+
+
+def target_modules_of(tensors: Iterable[str]) -> list[str]:
+    """The base's modules, sorted, that the tensors of these names belong to."""
+    return sorted({name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in tensors})
 
 
 def adapter_norms(folder: Path) -> AdapterNorms:

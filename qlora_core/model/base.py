@@ -4,19 +4,23 @@ Knows nothing of adapters or of how the checkpoint came to be.
 """
 
 import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from transformers import PreTrainedModel
 
 from qlora_core.errors import ConfigError, ModelError
-from qlora_core.model.exact_linear import ExactLinear4bit
+from qlora_core.model.residency.plan import apply_residency, memory_for_weights, plan_residency
 from qlora_core.quantization.audit import StorageFormat, audit_quantized
 from qlora_core.quantization.checkpoint import check_checkpoint, is_quantized, read_model_config, read_tensors
-from qlora_core.quantization.dequantize import blocks_cross_rows
 from qlora_core.quantization.loading import load_model
+from qlora_core.quantization.own_types import has_own_type, own_config
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -43,21 +47,33 @@ def choose_precision(precision: str, device: str) -> torch.dtype:
     return PRECISIONS[precision]
 
 
-def load_quantized(folder: Path, *, precision: str = "auto", device: str | None = None) -> PreTrainedModel:
+def load_quantized(
+    folder: Path,
+    *,
+    precision: str = "auto",
+    device: str | None = None,
+    residency: str = "auto",
+    layer_residency: Mapping[str, str] | None = None,
+    memory_sharers: int = 1,
+) -> PreTrainedModel:
     """The 4-bit base of a folder that `quantize_checkpoint` wrote: frozen, in eval mode, its cache off.
 
     Linear layers compute in the chosen precision, and the other parameters are cast to it; position tables stay as
-    the model made them. `device` None chooses one. Every Linear is audited against the folder's config.
+    the model made them. `device` None chooses one. Every Linear is audited against the folder's config. How the 4-bit
+    layers execute is planned by `plan_residency` from `residency`, `layer_residency` and the memory that is free, of
+    which each of `memory_sharers` processes that load on the same device takes its part.
 
     Raises:
-        ModelError: the folder holds no bitsandbytes 4-bit checkpoint, or not the one its config describes.
+        ModelError: the folder holds no 4-bit checkpoint, or not the one its config describes; or see `plan_residency`.
+        ConfigError: an unknown precision or residency.
     """
     wanted = _stored_format(folder)
     read_tensors(folder)  # names a truncated file before transformers trips over it
     device = device or choose_device()
     dtype = choose_precision(precision, device)
     # The dtype of the checkpoint is kept while loading: a dtype given here would also be put on the fp32 absmax
-    model = load_model(folder, device_map={"": device})
+    own_type = has_own_type(read_model_config(folder)["quantization_config"])
+    model = load_model(folder, device_map={"": device}, **({"config": own_config(folder)} if own_type else {}))
     audit_quantized(model, wanted)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -65,7 +81,11 @@ def load_quantized(folder: Path, *, precision: str = "auto", device: str | None 
             parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            _set_compute_dtype(module, dtype)
+            module.compute_dtype = dtype
+    room = memory_for_weights(device, residency, memory_sharers)
+    plan = plan_residency(model, room, residency, layer_residency)
+    apply_residency(model, plan, dtype)
+    logger.info("%s: %s", folder, ", ".join(f"{count} layers {way}" for way, count in Counter(plan.values()).items()))
     return _ready(model)
 
 
@@ -90,7 +110,7 @@ def load_any(folder: Path, *, precision: str = "auto", device: str | None = None
 def _stored_format(folder: Path) -> StorageFormat:
     """What a 4-bit folder says of itself: settings in its config, the blocksize in its report if there is one."""
     settings = read_model_config(folder).get("quantization_config")
-    if not isinstance(settings, dict) or not settings.get("load_in_4bit"):
+    if not isinstance(settings, dict) or not (settings.get("load_in_4bit") or has_own_type(settings)):
         raise ModelError(f"{folder} is no bitsandbytes 4-bit checkpoint; make one with `qlora quantize SOURCE TARGET`")
     report = folder / "quantization.json"
     blocksize = json.loads(report.read_text(encoding="utf-8"))["blocksize"] if report.is_file() else None
@@ -100,19 +120,6 @@ def _stored_format(folder: Path) -> StorageFormat:
         skip_modules=tuple(settings.get("llm_int8_skip_modules") or ()),
         blocksize=blocksize,
     )
-
-
-def _set_compute_dtype(module: Linear4bit, dtype: torch.dtype) -> None:
-    state: QuantState = module.weight.quant_state  # pyright: ignore[reportAttributeAccessIssue]
-    module.compute_dtype = dtype
-    module.compute_type_is_set = True
-    # The backward pass dequantizes to the state's dtype, the forward pass to the input's: they must be one
-    state.dtype = dtype
-    # On CPUs with AVX512-BF16 bitsandbytes would repack the weights in place at the first evaluation and compute in
-    # bf16 with bf16 absmax from then on (and fail on layers whose width is no multiple of 32)
-    module.support_avx512bf16_for_cpu = False
-    if blocks_cross_rows(state):
-        module.__class__ = ExactLinear4bit  # in place: names, parameters and PEFT's isinstance checks stay as they are
 
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,14 +1,19 @@
-"""Greedy answers to prompts that are already rendered, many at a time. Knows nothing of chat templates or metrics."""
+"""Greedy answers to prompts that are already rendered, many at a time, each by the adapter it names.
 
-from collections.abc import Iterator, Sequence
+Knows nothing of chat templates or metrics.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_core.errors import ModelError
+from qlora_core.model.adapter_set import AdapterSet, adapters_of_rows, rows_of
+from qlora_core.model.greedy import continue_greedily
 from qlora_core.model.loss import batches_by_length, max_positions_of
 from qlora_core.progress import progress_bar
 
@@ -16,36 +21,52 @@ _PADDING_ID = 0  # any valid id does: the attention mask hides it, and it must n
 
 
 def generate_answers(
-    model: PreTrainedModel | PeftModel,
+    model: PreTrainedModel | PeftModel | AdapterSet,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
     batch_size: int,
     stop_token_id: int,
+    adapters: Sequence[str | None] | None = None,
 ) -> list[str]:
     """The most probable continuation of each prompt, token by token, in the order of the prompts.
 
     Prompts hold their special tokens as text already; none is added. An answer ends before the stop token, after
     `max_new_tokens`, or where the model's positions end; special tokens are left out of its text. Prompts are batched
     by length and padded on the left, so that the batch size changes an answer only where two tokens tie to rounding.
-    Sampling and other settings of the base's generation_config.json are not used.
+    An answer that has ended leaves its batch. Sampling and other settings of the base's generation_config.json are not
+    used.
+
+    `adapters`, with an `AdapterSet` as the model: the name of each prompt's adapter, None for the base. A batch mixes
+    them; an answer depends on its own alone, up to the same ties.
 
     Raises:
-        ModelError: a prompt is empty, or fills the model's positions and leaves no room to answer.
+        ModelError: a prompt is empty, or fills the model's positions and leaves no room to answer; `adapters` are not
+            one per prompt, not in the set, or given without one.
     """
+    adapters = adapters_of_rows(model, adapters, len(prompts))
     prompt_ids = [tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] for prompt in prompts]
-    inner = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+    inner = _inner(model)
     limit = max_positions_of(inner)
     budgets = [_budget(index, ids, max_new_tokens, limit) for index, ids in enumerate(prompt_ids)]
     answers = [""] * len(prompts)
     with progress_bar("Answering", len(prompts)) as advance, _greedy(inner, stop_token_id):
         for batch in _batches(prompt_ids, budgets, batch_size):
-            texts = _answer(inner, tokenizer, [prompt_ids[index] for index in batch], budgets[batch[0]], stop_token_id)
-            for index, text in zip(batch, texts, strict=True):
-                answers[index] = text
+            rows = [prompt_ids[index] for index in batch]
+            with rows_of(model, [adapters[index] for index in batch]) as keep:
+                found = _continue(inner, rows, budgets[batch[0]], stop_token_id, keep)
+            for index, ids in zip(batch, found, strict=True):
+                answers[index] = cast(str, tokenizer.decode(ids, skip_special_tokens=True))
             advance(len(batch))
     return answers
+
+
+def _inner(model: PreTrainedModel | PeftModel | AdapterSet) -> PreTrainedModel:
+    """The model that generates, with whatever layers PEFT has put into it."""
+    if isinstance(model, AdapterSet):
+        return model.base
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def _budget(index: int, ids: Sequence[int], max_new_tokens: int, limit: int | None) -> int:
@@ -69,32 +90,27 @@ def _batches(prompt_ids: Sequence[Sequence[int]], budgets: Sequence[int], batch_
             yield [group[place] for place in batch]
 
 
-def _answer(
-    model: Any,
-    tokenizer: Any,
+def _continue(
+    model: PreTrainedModel,
     prompt_ids: Sequence[Sequence[int]],
     max_new_tokens: int,
     stop_token_id: int,
-) -> list[str]:
+    keep: Callable[[Sequence[int]], object],
+) -> list[list[int]]:
     longest = max(len(ids) for ids in prompt_ids)
     ids_bt = torch.full((len(prompt_ids), longest), _PADDING_ID, dtype=torch.long)
     attention_bt = torch.zeros((len(prompt_ids), longest), dtype=torch.long)
     for place, ids in enumerate(prompt_ids):
         ids_bt[place, longest - len(ids) :] = torch.tensor(list(ids), dtype=torch.long)
         attention_bt[place, longest - len(ids) :] = 1
-    with torch.inference_mode():
-        output_bt = model.generate(
-            input_ids=ids_bt.to(model.device),
-            attention_mask=attention_bt.to(model.device),
-            max_new_tokens=max_new_tokens,
-            use_cache=True,
-        )
-    continuations = output_bt[:, longest:].tolist()
-    return [tokenizer.decode(_until(ids, stop_token_id), skip_special_tokens=True) for ids in continuations]
-
-
-def _until(ids: list[int], stop_token_id: int) -> list[int]:
-    return ids[: ids.index(stop_token_id)] if stop_token_id in ids else ids
+    return continue_greedily(
+        model,
+        ids_bt.to(model.device),
+        attention_bt.to(model.device),
+        max_new_tokens=max_new_tokens,
+        stop_token_id=stop_token_id,
+        on_keep=keep,
+    )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from qlora_core.errors import ModelError
+from qlora_core.model.adapter_set import AdapterSet, adapters_of_rows, rows_of
 
 _PADDING_ID = 0  # any valid id does: the attention mask hides it
 
@@ -31,7 +32,11 @@ class ScoredRow(Protocol):
 
 
 def sequence_losses(
-    model: PreTrainedModel | PeftModel, rows: Sequence[ScoredRow], *, batch_size: int
+    model: PreTrainedModel | PeftModel | AdapterSet,
+    rows: Sequence[ScoredRow],
+    *,
+    batch_size: int,
+    adapters: Sequence[str | None] | None = None,
 ) -> list[tuple[float, int]]:
     """For each row, in the given order: the sum of -ln p over its counted tokens (nats), and how many those are.
 
@@ -39,16 +44,22 @@ def sequence_losses(
     predicted from nothing and never counts; a row without counted tokens gives (0.0, 0). Softmax is taken in float32
     (or the logits' own dtype if wider), sums in float64. Rows are batched by length, padded on the right and masked, so
     that the batch size changes a result by rounding only. The model is used as it is; put it into eval mode first.
+    `adapters`, with an `AdapterSet` as the model: the name of each row's adapter, None for the base.
 
     Raises:
-        ModelError: a mask and its ids differ in length, or a row is longer than the model's positions.
+        ModelError: a mask and its ids differ in length, or a row is longer than the model's positions; `adapters` are
+            not one per row, not in the set, or given without one.
     """
-    _check_rows(rows, max_positions_of(model))
+    adapters = adapters_of_rows(model, adapters, len(rows))
+    inner = model.base if isinstance(model, AdapterSet) else model
+    _check_rows(rows, max_positions_of(inner))
     results: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
     counted = [index for index, row in enumerate(rows) if any(row.loss_mask[1:])]
     for batch in batches_by_length([len(rows[index].input_ids) for index in counted], batch_size):
         indices = [counted[place] for place in batch]
-        for index, result in zip(indices, _batch_losses(model, [rows[index] for index in indices]), strict=True):
+        with rows_of(model, [adapters[index] for index in indices]):
+            found = _batch_losses(inner, [rows[index] for index in indices])
+        for index, result in zip(indices, found, strict=True):
             results[index] = result
     return results
 

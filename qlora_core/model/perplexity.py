@@ -16,7 +16,7 @@ from qlora_core.model.loss import max_positions_of, sequence_losses
 from qlora_core.quantization.checkpoint import tokenizer_files
 
 DOCUMENT_END = "<|endoftext|>"
-_TOKENS_PER_BATCH = 4096  # bounds the logits, the largest thing here: tokens times vocabulary
+TOKENS_PER_BATCH = 4096  # bounds the logits, the largest thing here: tokens times vocabulary
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,62 @@ def text_loss(
 
     Raises:
         DataError: the text has no token to predict.
-        ModelError: the window is shorter than 2 tokens or longer than the model's positions, or is missing for a model
-            whose config sets no limit.
+        ModelError: see `document_losses`.
     """
-    window = _checked_window(window, max_positions_of(model))
-    rows = [row for document in _documents(text) for row in split_windows(_encode(tokenizer, document), window)]
-    longest = max((len(row.input_ids) for row in rows), default=1)
-    losses = sequence_losses(model, rows, batch_size=max(1, _TOKENS_PER_BATCH // longest))
+    losses = document_losses(model, encode_documents(tokenizer, text), window=window)
     tokens = sum(count for _, count in losses)
     if not tokens:
         raise DataError(f"the text ({len(text)} characters) has no token to predict; give a longer one")
     loss = math.fsum(nats for nats, _ in losses) / tokens
     return TextLoss(loss=loss, perplexity=math.exp(loss), tokens=tokens)
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerBase, text: str) -> list[list[int]]:
+    """The token ids of each document of `text`, as `text_loss` scores them; documents of white space are left out."""
+    return [encode_document(tokenizer, document) for part in text.split(DOCUMENT_END) if (document := part.strip())]
+
+
+def encode_document(tokenizer: Any, document: str) -> list[int]:
+    """The token ids of one document, after BOS where the tokenizer has one; no other special token is added."""
+    ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
+
+
+def document_losses(
+    model: PreTrainedModel | PeftModel, documents: Sequence[Sequence[int]], *, window: int | None = None
+) -> list[tuple[float, int]]:
+    """For each document's token ids: the sum of -ln p over its tokens but the first (nats), and how many those are.
+
+    Windows are as in `text_loss`; a document of one token or none gives (0.0, 0).
+
+    Raises:
+        ModelError: the window is shorter than 2 tokens or longer than the model's positions, or is missing for a model
+            whose config sets no limit.
+    """
+    window = checked_window(window, max_positions_of(model))
+    windows = [list(split_windows(ids, window)) for ids in documents]
+    rows = [row for document in windows for row in document]
+    longest = max((len(row.input_ids) for row in rows), default=1)
+    losses = iter(sequence_losses(model, rows, batch_size=max(1, TOKENS_PER_BATCH // longest)))
+    summed = []
+    for document in windows:
+        parts = [next(losses) for _ in document]
+        summed.append((math.fsum(nats for nats, _ in parts), sum(count for _, count in parts)))
+    return summed
+
+
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        DataError: the file is missing or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}; name a readable text file") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 (byte {error.start}); convert it first") from error
 
 
 def score_text_file(folder: Path, text_file: Path, adapter: Path | None = None) -> TextLoss:
@@ -69,12 +113,7 @@ def score_text_file(folder: Path, text_file: Path, adapter: Path | None = None) 
         DataError: the file is missing, is not UTF-8, or has nothing to predict.
         ModelError: the model, its tokenizer or the adapter cannot be used.
     """
-    try:
-        text = text_file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"cannot read {text_file}: {error.strerror}; name a readable text file") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{text_file} is not UTF-8 (byte {error.start}); convert it first") from error
+    text = read_text(text_file)
     tokenizer_files(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = load_any(folder)
@@ -93,16 +132,12 @@ def split_windows(input_ids: Sequence[int], window: int) -> Iterator[Window]:
             return
 
 
-def _documents(text: str) -> list[str]:
-    return [document for part in text.split(DOCUMENT_END) if (document := part.strip())]
+def checked_window(window: int | None, limit: int | None) -> int:
+    """`window`, or the longest sequence `limit` where none is given; both in tokens.
 
-
-def _encode(tokenizer: Any, document: str) -> list[int]:
-    ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
-
-
-def _checked_window(window: int | None, limit: int | None) -> int:
+    Raises:
+        ModelError: see `document_losses`.
+    """
     if window is None:
         if limit is None:
             raise ModelError("the model's config sets no longest sequence; give a window in tokens")

@@ -1,23 +1,23 @@
-"""What a job will need before it runs: its trials, and bytes of memory from the base's tensor shapes. Imports no torch.
-
-A first-order account: weights, adapter, optimizer state and logits by arithmetic. Activations are left out, since they
-depend on the kernels; the figures are therefore floors, and are named so.
-"""
+"""What a job will need before it runs: its trials, its memory as planned for this machine, the judge. No torch here."""
 
 import itertools
 import os
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from qlora_core.config.pipeline import PipelineConfig
-from qlora_core.config.sweep import SweepConfig
-from qlora_core.config.train import TrainConfig
 from qlora_core.evaluation.judge_client import resolve_kind
 from qlora_core.evaluation.judge_openai import planned_cost_usd
 from qlora_core.pipeline.pipeline import Pipeline
-from qlora_core.quantization.checkpoint import StoredTensor, read_model_config, read_tensors
-from qlora_core.sweep.space import trial_count
+from qlora_core.sweep.cluster import MOST_CPU_WORKERS
+from qlora_core.sweep.memory_check import largest_trial
+from qlora_core.sweep.space import cohort_size, trial_count
+from qlora_core.training.memory.machine import local_device
+from qlora_core.training.memory.parts import Workload
+from qlora_core.training.memory.plan import MemoryPlan, find_remedy, plan_memory
+from qlora_core.training.memory.shapes import read_shapes
 
-_STATE_BYTES = {"paged_adamw_32bit": 8, "adamw": 8, "paged_adamw_8bit": 2}
 _SECOND_LEVEL_BLOCKSIZE = 256
 
 
@@ -45,40 +45,69 @@ def estimate_judge(config: PipelineConfig) -> dict[str, Any]:
     }
 
 
-def estimate_memory(pipeline: Pipeline) -> dict[str, int | str]:
-    """Bytes of one worker for its largest trial; a note instead where the base has yet to be made.
+def estimate_memory(pipeline: Pipeline) -> dict[str, Any]:
+    """What one worker needs for its largest trial, as JSON data; a note instead where the base has yet to be made.
 
-    Keys: `quantized_base_bytes`, `adapter_bytes` (float32 weights and gradients), `optimizer_bytes`, `logits_bytes`
-    (one micro-batch of the longest rows or packs, float32, with its gradient), `floor_bytes`, the sum: no activations.
+    Keys: `quantized_base_bytes`, `adapter_bytes` (float32 weights and gradients), `optimizer_bytes`, `logits_bytes`,
+    `floor_bytes`, their sum; `training` and `validation`, all parts at the worst moment of each; `peak_bytes`, the
+    larger sum, and beside it `import_floor_bytes`; `available_bytes` for each worker (None: not known); `fits`,
+    whether the sweep can run as it is configured; `remedy`, the first single setting with which it could where it
+    cannot (None: there is none); `device`, `residency`, `gradient_checkpointing`, `micro_batch_size`,
+    `gradient_accumulation_steps` and `pack_size` as configured, or as chosen where that does not fit; and `reasons`.
     """
     base = pipeline.job.external_base
-    if base is None:
-        planned = next(stage for stage in pipeline.plan() if stage.name == "base")
-        if not planned.cached:
-            return {"note": "the demo base is made by the first stage; it needs under 100 MB"}
-        folder = pipeline.run("base").artifact.path
-    else:
-        folder = base.folder
-    return _account(pipeline.job.config, read_tensors(folder), read_model_config(folder))
+    if base is not None:
+        return _planned(pipeline.job.config, base.folder)
+    planned = next(stage for stage in pipeline.plan() if stage.name == "base")
+    if not planned.cached:
+        return {"note": "the demo base is made by the first stage; it needs under 100 MB"}
+    return _planned(pipeline.job.config, pipeline.run("base").artifact.path)
 
 
-def _account(
-    config: PipelineConfig, tensors: dict[str, StoredTensor], model_config: dict[str, Any]
-) -> dict[str, int | str]:
-    linear = {name: tensor for name, tensor in tensors.items() if _is_quantized(name, tensor, config)}
-    parameters = {name: _size(tensor) for name, tensor in tensors.items()}
-    quantized = sum(parameters[name] for name in linear)
-    kept = sum(parameters.values()) - quantized
-    rank = _largest(config.sweep, config.train, "lora_rank")
-    adapter = sum(rank * (tensor.shape[0] + tensor.shape[1]) for tensor in linear.values())
-    micro_batch = _largest(config.sweep, config.train, "micro_batch_size")
-    parts = {
-        "quantized_base_bytes": round(quantized * bits_per_parameter(config) / 8) + 4 * kept,
-        "adapter_bytes": 8 * adapter,
-        "optimizer_bytes": _STATE_BYTES[config.train.optimizer] * adapter,
-        "logits_bytes": 8 * micro_batch * _sequence_tokens(config) * int(model_config.get("vocab_size", 0)),
+def _planned(config: PipelineConfig, folder: Path) -> dict[str, Any]:
+    shapes = read_shapes(folder)
+    device, available = local_device()
+    if device == "cpu" and available is not None:
+        available //= min(cohort_size(config.sweep), config.compute.workers or MOST_CPU_WORKERS)
+    train = largest_trial(config.sweep, config.train)
+    pack_size = config.compute.pack_size or 1
+    work = Workload(train, config.quantize, _sequence_tokens(config), config.data.max_tokens, pack_size)
+    residency = config.compute.residency
+    plan = plan_memory(shapes, work, available, device, residency=residency, fixed=True)
+    if plan.fits:
+        return {**_floor(plan), **_choice(plan), "fits": True, "remedy": None}
+    remedy = find_remedy(plan, shapes, work, residency=residency, fixed=True)
+    chosen = plan_memory(shapes, work, available, device, residency=residency)
+    return {**_floor(chosen), **_choice(chosen), "fits": False, "remedy": remedy}
+
+
+def _floor(plan: MemoryPlan) -> dict[str, int]:
+    parts = plan.training
+    floor = {
+        "quantized_base_bytes": parts.codes_bytes + parts.kept_weights_bytes,
+        "adapter_bytes": parts.adapter_bytes + parts.gradient_bytes,
+        "optimizer_bytes": parts.optimizer_bytes,
+        "logits_bytes": parts.logits_bytes,
     }
-    return {**parts, "floor_bytes": sum(parts.values())}
+    return {**floor, "floor_bytes": sum(floor.values())}
+
+
+def _choice(plan: MemoryPlan) -> dict[str, Any]:
+    return {
+        "training": asdict(plan.training),
+        "validation": asdict(plan.validation),
+        "peak_bytes": plan.peak_bytes,
+        "import_floor_bytes": plan.import_floor_bytes,
+        "paged_bytes": plan.paged_bytes,
+        "available_bytes": plan.available_bytes,
+        "device": plan.device,
+        "residency": plan.residency,
+        "gradient_checkpointing": plan.gradient_checkpointing,
+        "micro_batch_size": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "pack_size": plan.pack_size,
+        "reasons": list(plan.reasons),
+    }
 
 
 def bits_per_parameter(config: PipelineConfig) -> float:
@@ -95,24 +124,3 @@ def bits_per_parameter(config: PipelineConfig) -> float:
 def _sequence_tokens(config: PipelineConfig) -> int:
     packing = config.data.packing
     return packing.tokens or config.data.max_tokens if packing.enabled else config.data.max_tokens
-
-
-def _is_quantized(name: str, tensor: StoredTensor, config: PipelineConfig) -> bool:
-    module = name.removesuffix(".weight")
-    kept = any(module.endswith(skipped) for skipped in config.quantize.skip_modules)
-    return len(tensor.shape) == 2 and name.endswith(".weight") and "embed" not in name and not kept
-
-
-def _size(tensor: StoredTensor) -> int:
-    size = 1
-    for length in tensor.shape:
-        size *= length
-    return size
-
-
-def _largest(sweep: SweepConfig, train: TrainConfig, name: str) -> int:
-    """The largest value of a whole-number setting over all trials."""
-    values = sweep.space.get(name)
-    if values is None:
-        return int(getattr(train, name))
-    return int(max(values)) if isinstance(values, list) else int(values.high)

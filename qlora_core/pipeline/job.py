@@ -82,6 +82,18 @@ class Job:
         return digest_file(self.chat_template) if self.chat_template else "none"
 
     @cached_property
+    def quality_text(self) -> Path | None:
+        """The text that the quantized base's quality is measured on, if one is configured."""
+        if self.config.quantize.quality_text is None:
+            return None
+        path = self.config.path(self.config.quantize.quality_text)
+        if not path.is_file():
+            raise ConfigError(
+                f"quantize.quality_text: no such file {str(path)!r}; give a text file, or leave the key out"
+            )
+        return path
+
+    @cached_property
     def earlier_split(self) -> Path | None:
         """The curated folder whose rows keep their sides, if one is configured."""
         if self.config.data.split.earlier is None:
@@ -111,7 +123,7 @@ class Job:
         self.store.check()
         for file in [*self.sources, *self.prompt_sets]:
             file.path.stat()
-        _ = self.chat_template, self.earlier_split, self.external_base
+        _ = self.chat_template, self.quality_text, self.earlier_split, self.external_base
 
     def section(self, name: str, *, without: frozenset[str] = frozenset()) -> dict[str, Any]:
         """A config section as plain data, less the settings that cannot change a result."""

@@ -114,6 +114,7 @@ class Promotion:
             config=self.job.config.resolved(),
             curation=_read(inputs["curate"], "curation.json"),
             quantization=_read(inputs["quantize"], "quantization.json"),
+            quality=_read(inputs["quantize"], "quality/quality.json") if self.job.quality_text else None,
             sweep=_read(inputs["sweep"], "sweep.json"),
             evaluation=evaluation,
             decision=decision,
@@ -140,6 +141,7 @@ class Promotion:
             evaluation_folder=inputs["evaluate"].path,
             curated_folder=inputs["curate"].path,
             precision=self.job.config.train.precision,
+            residency=self.job.config.compute.residency_settings,
         )
         return {"version": champion.version, **compared}
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_core.digest import digest_files, digest_json
+from qlora_core.digest import digest_file, digest_files, digest_json
 from qlora_core.evaluation.judge_client import custom_url, resolve_kind, without_secrets
 from qlora_core.pipeline.base_source import BaseModelFiles, is_demo
 from qlora_core.pipeline.job import Job
@@ -114,13 +114,39 @@ def _build_curate(job: Job, inputs: Inputs, out: Path) -> None:
 def _quantize_key(job: Job, inputs: Manifests) -> StageKey:
     base = job.external_base
     digest = inputs["base"].digest if base is None else base.digest
-    return StageKey("quantize", "1", job.section("quantize"), {"base": digest})
+    digests = {"base": digest}
+    if job.quality_text is not None:
+        digests["quality_text"] = digest_file(job.quality_text)
+    # A path is no content; what lies there is an input.
+    return StageKey("quantize", "2", job.section("quantize", without=frozenset({"quality_text"})), digests)
 
 
 def _build_quantize(job: Job, inputs: Inputs, out: Path) -> None:
     from qlora_core.quantization.quantize import quantize_checkpoint
 
-    quantize_checkpoint(base_files(job, inputs).folder, out, job.config.quantize)
+    key = _quantize_key(job, {name: artifact.manifest for name, artifact in inputs.items()})
+    base = base_files(job, inputs).folder
+    if job.quality_text is None:
+        quantize_checkpoint(base, out, job.config.quantize, work=_quantize_folder(job, key))
+        return
+    from qlora_core.quantization.quality import write_quality
+    from qlora_core.quantization.quality_inputs import check_memory, read_inputs
+
+    read = read_inputs(base, job.quality_text)
+    check_memory(base)
+    quantize_checkpoint(base, out, job.config.quantize, work=_quantize_folder(job, key))
+    write_quality(read, base, out, job.config.quantize)
+
+
+def _clean_up_quantize(job: Job, key: StageKey) -> None:
+    from qlora_core.quantization.resume import discard_work
+
+    discard_work(_quantize_folder(job, key))
+
+
+def _quantize_folder(job: Job, key: StageKey) -> Path:
+    # Outside the store's staging, which goes with its process: finished shards are found again by the same job.
+    return job.config.work_dir / "quantize" / key.key[:16]
 
 
 def _sweep_key(job: Job, inputs: Manifests) -> StageKey:
@@ -187,6 +213,7 @@ def _build_evaluate(job: Job, inputs: Inputs, out: Path) -> None:
             inputs["curate"].path,
             out,
             precision=job.config.train.precision,
+            residency=job.config.compute.residency_settings,
             verdict_cache=verdicts,
             lineage=lineage(job, inputs),
         )
@@ -215,7 +242,7 @@ def lineage(job: Job, inputs: Inputs) -> dict[str, str]:
 STAGES = (
     Stage("base", lambda job: (), _base_key, _build_base),
     Stage("curate", _upstream_of_base_users, _curate_key, _build_curate),
-    Stage("quantize", _upstream_of_base_users, _quantize_key, _build_quantize),
+    Stage("quantize", _upstream_of_base_users, _quantize_key, _build_quantize, _clean_up_quantize),
     Stage("sweep", lambda job: ("curate", "quantize"), _sweep_key, _build_sweep, _clean_up_sweep),
     Stage("evaluate", lambda job: ("curate", "quantize", "sweep"), _evaluate_key, _build_evaluate),
 )

@@ -1,6 +1,10 @@
-"""Proof that a loaded model is quantized exactly where it should be. Knows bitsandbytes' layers, and no files."""
+"""Proof that a model is quantized exactly where it should be: a loaded one, or one seen by its files' headers alone.
 
-from collections.abc import Iterator, Sequence
+Knows bitsandbytes' layers and the names it stores them by; reads no file.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_core.errors import ModelError
+from qlora_core.quantization.checkpoint import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,64 @@ def audit_quantized(model: PreTrainedModel, wanted: StorageFormat) -> list[str]:
             faults.append(f"{name}: stored in 4 bits, though it must stay in full precision")
     if not expected:
         faults.append("the model has no Linear module to quantize")
+    _refuse(faults, wanted)
+    return list(expected)
+
+
+def audit_headers(
+    written: Mapping[str, StoredTensor],
+    quantized: Mapping[str, Sequence[int]],
+    kept: Mapping[str, StoredTensor],
+    wanted: StorageFormat,
+) -> None:
+    """Check the headers of a 4-bit checkpoint: these weights are 4-bit, those are as they were, and nothing else is.
+
+    `quantized` maps names of weights to their shapes, `kept` names of all others to what the source's headers say.
+
+    Raises:
+        ModelError: with the first faults.
+    """
+    faults: list[str] = []
+    for name, shape in quantized.items():
+        faults += [f"{name}: {fault}" for fault in _header_faults(name, shape, written, wanted)]
+    for name, source in kept.items():
+        found = written.get(name)
+        if found is None or (found.dtype, found.shape) != (source.dtype, source.shape):
+            now = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+            faults.append(f"{name}: is {now}, and {source.dtype} {list(source.shape)} in the source")
+    owned = {f"{name}.{part}" for name in quantized for part in _stored_parts(wanted)}
+    faults += [f"{name}: nobody asked for it" for name in written.keys() - owned - quantized.keys() - kept.keys()]
+    _refuse(faults, wanted)
+
+
+def _refuse(faults: Sequence[str], wanted: StorageFormat) -> None:
     if faults:
         raise ModelError(
             f"the quantized model is not what was asked for ({wanted.quant_type}, blocksize {wanted.blocksize}, double "
             f"quantization {wanted.double_quant}); {len(faults)} faults, the first: {'; '.join(faults[:3])}; "
             "quantize the base again"
         )
-    return list(expected)
+
+
+def _stored_parts(wanted: StorageFormat) -> tuple[str, ...]:
+    nested = ("nested_absmax", "nested_quant_map") if wanted.double_quant else ()
+    return ("absmax", "quant_map", *nested, f"quant_state.bitsandbytes__{wanted.quant_type}")
+
+
+def _header_faults(
+    name: str, shape: Sequence[int], written: Mapping[str, StoredTensor], wanted: StorageFormat
+) -> Iterator[str]:
+    missing = [part for part in ("", *_stored_parts(wanted)) if f"{name}.{part}".rstrip(".") not in written]
+    if missing:
+        yield f"lacks {', '.join(part or 'its codes' for part in missing)}"
+        return
+    codes, absmax = written[name], written[f"{name}.absmax"]
+    if codes.dtype != "U8" or math.prod(codes.shape) != -(-math.prod(shape) // 2):
+        yield f"codes are {codes.dtype} {list(codes.shape)}, which is not half a byte for each of {list(shape)}"
+    if absmax.dtype != ("U8" if wanted.double_quant else "F32"):
+        yield f"absmax is {absmax.dtype}, with double quantization {wanted.double_quant}"
+    if wanted.blocksize is not None and math.prod(absmax.shape) != -(-math.prod(shape) // wanted.blocksize):
+        yield f"{math.prod(absmax.shape)} absmax are not one for each {wanted.blocksize} weights of {list(shape)}"
 
 
 def _faults(module: torch.nn.Module, wanted: StorageFormat) -> Iterator[str]:

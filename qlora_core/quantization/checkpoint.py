@@ -6,7 +6,7 @@ at a checkpoint without loading them; whether transformers has the architecture 
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,16 @@ _CONVERT = (
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as a safetensors header describes it; `dtype` in safetensors' words (F32, BF16, U8, ...)."""
+    """One tensor as a safetensors header describes it; `dtype` in safetensors' words (F32, BF16, U8, ...).
+
+    Its bytes are the `size_bytes` from byte `offset` of the file called `file`.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     size_bytes: int
+    offset: int
+    file: str
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -61,6 +66,16 @@ def check_checkpoint(folder: Path) -> None:
     Raises:
         ModelError: with the file or tensor and the next step.
     """
+    check_unquantized(folder)
+    check_dtypes(str(folder), read_tensors(folder))
+
+
+def check_unquantized(folder: Path) -> None:
+    """Refuse a folder whose config is missing, damaged, or says that its weights are quantized already.
+
+    Raises:
+        ModelError: with the file and the next step.
+    """
     config = read_model_config(folder)
     if "quantization_config" in config:
         method = _method_of(config)
@@ -68,16 +83,23 @@ def check_checkpoint(folder: Path) -> None:
             f"{folder} is already quantized ({method}): quantizing twice adds error on error; name the original "
             "16- or 32-bit checkpoint"
         )
-    tensors = read_tensors(folder)
-    wrong = {tensor.dtype: name for name, tensor in tensors.items() if _is_float(tensor) and not _can_quantize(tensor)}
+
+
+def check_dtypes(location: str, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse a checkpoint, said to be at `location`, with floating-point tensors of other than 16 or 32 bits.
+
+    Raises:
+        ModelError: with the tensor and its dtype, or for a checkpoint without floating-point tensors.
+    """
+    wrong = {tensor.dtype: name for name, tensor in tensors.items() if is_float(tensor) and not _can_quantize(tensor)}
     if wrong:
         dtype, name = next(iter(sorted(wrong.items())))
         raise ModelError(
-            f"{folder}: tensor {name} is stored as {dtype}; {', '.join(_QUANTIZABLE.values())} can be quantized; "
+            f"{location}: tensor {name} is stored as {dtype}; {', '.join(_QUANTIZABLE.values())} can be quantized; "
             "convert the checkpoint to one of these first"
         )
     if not any(_can_quantize(tensor) for tensor in tensors.values()):
-        raise ModelError(f"{folder}: its safetensors files hold no floating-point weight; name a model checkpoint")
+        raise ModelError(f"{location}: its safetensors files hold no floating-point weight; name a model checkpoint")
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
@@ -153,18 +175,30 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ModelError: only pickles, no weights, or missing shards.
     """
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
-    if not (folder / INDEX_FILE).is_file():
-        raise _no_weights(folder)
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    return [folder / name for name in weight_names(folder, str(folder), present)]
+
+
+def weight_names(folder: Path, location: str, present: Collection[str]) -> list[str]:
+    """The names of the safetensors files of a checkpoint of which the files `present` are at `location`.
+
+    `folder` is where its index can be read, if it has one.
+
+    Raises:
+        ModelError: only pickles, no weights, or missing shards.
+    """
+    if SINGLE_FILE in present:
+        return [SINGLE_FILE]
+    if INDEX_FILE not in present:
+        raise _no_weights(location, present)
     shards = sorted(set(_read_weight_map(folder / INDEX_FILE).values()))
-    missing = [name for name in shards if not (folder / name).is_file()]
+    missing = [name for name in shards if name not in present]
     if missing:
         raise ModelError(
-            f"{folder}: {INDEX_FILE} names {len(shards)} shards, of which {len(missing)} are missing: "
+            f"{location}: {INDEX_FILE} names {len(shards)} shards, of which {len(missing)} are missing: "
             f"{', '.join(missing[:5])}; fetch the whole checkpoint again"
         )
-    return [folder / name for name in shards]
+    return shards
 
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -173,18 +207,24 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         ModelError: a truncated or damaged file, or an index that does not agree with its shards.
     """
-    tensors: dict[str, StoredTensor] = {}
-    found_in: dict[str, str] = {}
-    for path in weight_files(folder):
-        for name, tensor in read_safetensors_header(path).items():
-            tensors[name] = tensor
-            found_in[name] = path.name
-    if not (folder / SINGLE_FILE).is_file():
+    return join_headers(folder, str(folder), [read_safetensors_header(path) for path in weight_files(folder)])
+
+
+def join_headers(
+    folder: Path, location: str, headers: Collection[Mapping[str, StoredTensor]]
+) -> dict[str, StoredTensor]:
+    """The tensors of all files of a checkpoint at `location`, checked against the index in `folder` if it has one.
+
+    Raises:
+        ModelError: the index places a tensor in a file that does not hold it.
+    """
+    tensors = {name: tensor for header in headers for name, tensor in header.items()}
+    if any(tensor.file != SINGLE_FILE for tensor in tensors.values()):
         wanted = _read_weight_map(folder / INDEX_FILE)
-        astray = sorted(name for name, shard in wanted.items() if found_in.get(name) != shard)
+        astray = sorted(name for name, shard in wanted.items() if name not in tensors or tensors[name].file != shard)
         if astray:
             raise ModelError(
-                f"{folder}: {INDEX_FILE} places {astray[0]} in {wanted[astray[0]]}, which does not hold it "
+                f"{location}: {INDEX_FILE} places {astray[0]} in {wanted[astray[0]]}, which does not hold it "
                 f"({len(astray)} such tensors); fetch the whole checkpoint again"
             )
     return tensors
@@ -198,50 +238,65 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
-        prefix = stream.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > _LARGEST_HEADER_BYTES or 8 + length > size:
-            raise _damaged(path, f"its header should take {length} bytes, the file has {size}")
-        raw = stream.read(length)
+        length = header_length(str(path), stream.read(8), size)
+        return parse_header(str(path), stream.read(length), size)
+
+
+def header_length(location: str, prefix: bytes | bytearray, size: int) -> int:
+    """The header's length in bytes, from the first 8 bytes of a safetensors file of `size` bytes.
+
+    Raises:
+        ModelError: the file cannot hold such a header.
+    """
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > _LARGEST_HEADER_BYTES or 8 + length > size:
+        raise _damaged(location, f"its header should take {length} bytes, the file has {size}")
+    return length
+
+
+def parse_header(location: str, raw: bytes | bytearray, size: int) -> dict[str, StoredTensor]:
+    """The tensors that the header `raw` of a safetensors file of `size` bytes describes.
+
+    Raises:
+        ModelError: the header is damaged, or is not the header of a file of that size.
+    """
     try:
         header = json.loads(raw)
     except ValueError as error:
-        raise _damaged(path, f"its header is no JSON ({error})") from error
+        raise _damaged(location, f"its header is no JSON ({error})") from error
     if not isinstance(header, dict):
-        raise _damaged(path, "its header is no JSON object")
-    tensors: dict[str, StoredTensor] = {}
-    spans: list[tuple[int, int]] = []
-    for name, entry in header.items():
-        if name != "__metadata__":
-            tensors[name], span = _read_entry(path, name, entry)
-            spans.append(span)
-    end = 0
-    for start, stop in sorted(spans):
-        if start != end:
-            raise _damaged(path, f"its tensors leave a gap or overlap at byte {end}")
-        end = stop
-    if 8 + length + end != size:
-        raise _damaged(path, f"its tensors end at byte {8 + length + end}, the file has {size}")
+        raise _damaged(location, "its header is no JSON object")
+    start = 8 + len(raw)
+    tensors = {
+        name: _read_entry(location, name, entry, start) for name, entry in header.items() if name != "__metadata__"
+    }
+    end = start
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.size_bytes)):
+        if tensor.offset != end:
+            raise _damaged(location, f"its tensors leave a gap or overlap at byte {end - start}")
+        end += tensor.size_bytes
+    if end != size:
+        raise _damaged(location, f"its tensors end at byte {end}, the file has {size}")
     return tensors
 
 
-def checkpoint_dtype(folder: Path) -> str:
+def checkpoint_dtype(tensors: Mapping[str, StoredTensor]) -> str:
     """The torch name of the dtype that holds every weight exactly: 16-bit if all agree on one, else float32."""
-    dtypes = {tensor.dtype for tensor in read_tensors(folder).values() if _is_float(tensor)}
+    dtypes = {tensor.dtype for tensor in tensors.values() if is_float(tensor)}
     return _QUANTIZABLE[dtypes.pop()] if len(dtypes) == 1 else "float32"
 
 
-def _read_entry(path: Path, name: str, entry: Any) -> tuple[StoredTensor, tuple[int, int]]:
+def _read_entry(location: str, name: str, entry: Any, data_start: int) -> StoredTensor:
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         size = math.prod(shape) * _DTYPE_BITS[dtype] // 8
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, f"the header's entry of tensor {name} cannot be read: {entry!r:.200}") from error
+        raise _damaged(location, f"the header's entry of tensor {name} cannot be read: {entry!r:.200}") from error
     if stop - start != size:
         raise _damaged(
-            path, f"tensor {name} ({dtype} {list(shape)}) needs {size} bytes, its entry spans {stop - start}"
+            location, f"tensor {name} ({dtype} {list(shape)}) needs {size} bytes, its entry spans {stop - start}"
         )
-    return StoredTensor(dtype=dtype, shape=shape, size_bytes=size), (start, stop)
+    return StoredTensor(dtype, shape, size, offset=data_start + start, file=location.rpartition("/")[2])
 
 
 def _read_weight_map(path: Path) -> Mapping[str, str]:
@@ -264,24 +319,20 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _no_weights(folder: Path) -> ModelError:
-    pickles = sorted(_pickles(folder))
+def _no_weights(location: str, present: Collection[str]) -> ModelError:
+    pickles = sorted(name for name in present if name.endswith(PICKLE_SUFFIXES))
     if pickles:
         return ModelError(
-            f"{folder} keeps its weights in {pickles[0].name}, a pickle, which can run code when it is read and is "
-            f"refused; {_CONVERT.format(folder=folder)}"
+            f"{location} keeps its weights in {pickles[0]}, a pickle, which can run code when it is read and is "
+            f"refused; {_CONVERT.format(folder=location)}"
         )
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    others = sorted(name for name in present if name.endswith(".safetensors"))
     seen = f"it has {', '.join(others[:3])}, but no {INDEX_FILE}" if others else "it has no *.safetensors file"
-    return ModelError(f"{folder} holds no weights ({SINGLE_FILE}, or shards with {INDEX_FILE}): {seen}; fetch them")
+    return ModelError(f"{location} holds no weights ({SINGLE_FILE}, or shards with {INDEX_FILE}): {seen}; fetch them")
 
 
-def _pickles(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES and path.is_file())
-
-
-def _damaged(path: Path, what: str) -> ModelError:
-    return ModelError(f"{path} is truncated or damaged: {what}; fetch the file again")
+def _damaged(location: str, what: str) -> ModelError:
+    return ModelError(f"{location} is truncated or damaged: {what}; fetch the file again")
 
 
 def _method_of(config: Mapping[str, Any]) -> str:
@@ -289,7 +340,8 @@ def _method_of(config: Mapping[str, Any]) -> str:
     return str(settings.get("quant_method", "unknown method")) if isinstance(settings, dict) else "unknown method"
 
 
-def _is_float(tensor: StoredTensor) -> bool:
+def is_float(tensor: StoredTensor) -> bool:
+    """Whether the tensor holds floating-point numbers, of any width."""
     return tensor.dtype.startswith(("F", "BF"))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 from transformers.utils import logging as transformers_logging
 
 from qlora_core.errors import ModelError
@@ -34,7 +35,22 @@ def load_model(folder: Path, **settings: Any) -> PreTrainedModel:
             f"{folder} lacks {len(lacking)} weights that its config.json asks for: {', '.join(lacking[:5])}; "
             "fetch the whole checkpoint again"
         )
+    _keep_savable(model)
     return model
+
+
+def _keep_savable(model: Any) -> None:
+    """Let `save_pretrained` write 4-bit weights as the layers' own `state_dict` has them.
+
+    transformers 5.23 undoes at saving every conversion it made at loading, and has no way back from bitsandbytes'
+    weights (`reverse_op` is not implemented): it could not save what it has loaded.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [
+        conversion
+        for conversion in conversions
+        if not any(isinstance(step, Bnb4bitDeserialize) for step in getattr(conversion, "operations", ()))
+    ]
 
 
 @contextmanager

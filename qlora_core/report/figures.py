@@ -41,7 +41,7 @@ MAX_BARS = 12
 def funnel_figure(stages: Sequence[tuple[str, int]]) -> str:
     """Rows left after each stage of curation, as bars from the top; `stages`: (label, rows) in order, at least one."""
     with rc_context(STYLE):
-        figure, axes = _figure(0.36 * len(stages) + 0.3)
+        figure, axes = new_figure(0.36 * len(stages) + 0.3)
         places = range(len(stages), 0, -1)
         rows = [count for _, count in stages]
         axes.barh(places, rows, height=0.62, color=[*["#cfd6dd"] * (len(stages) - 1), ADAPTER_COLOUR])
@@ -50,7 +50,7 @@ def funnel_figure(stages: Sequence[tuple[str, int]]) -> str:
         axes.set_yticks(list(places), [label for label, _ in stages])
         axes.set_xlim(0, max(max(rows), 1) * 1.12)
         _bare(axes)
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def counts_figure(counts: Mapping[str, int]) -> str | None:
@@ -62,16 +62,16 @@ def counts_figure(counts: Mapping[str, int]) -> str | None:
     if rest:
         shown.append((f"{len(rest)} others", sum(count for _, count in rest)))
     with rc_context(STYLE):
-        figure, axes = _figure(0.28 * len(shown) + 0.3)
+        figure, axes = new_figure(0.28 * len(shown) + 0.3)
         places = range(len(shown), 0, -1)
         axes.barh(places, [count for _, count in shown], height=0.62, color=ADAPTER_COLOUR)
         most = max(max(count for _, count in shown), 1)
         for place, (_, count) in zip(places, shown, strict=True):
             axes.text(count + most * 0.01, place, f"{count:,}", va="center", color="#3d444d")
-        axes.set_yticks(list(places), [_plain(name) for name, _ in shown])
+        axes.set_yticks(list(places), [plain(name) for name, _ in shown])
         axes.set_xlim(0, most * 1.12)
         _bare(axes)
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def lengths_figure(histogram: Sequence[Mapping[str, int]], window: int) -> str | None:
@@ -79,7 +79,7 @@ def lengths_figure(histogram: Sequence[Mapping[str, int]], window: int) -> str |
     if not histogram:
         return None
     with rc_context(STYLE):
-        figure, axes = _figure(2.2)
+        figure, axes = new_figure(2.2)
         widths = [part["to"] - part["from"] + 1 for part in histogram]
         rows = [part["rows"] for part in histogram]
         axes.bar([part["from"] for part in histogram], rows, width=widths, align="edge", color=ADAPTER_COLOUR, lw=0)
@@ -88,13 +88,13 @@ def lengths_figure(histogram: Sequence[Mapping[str, int]], window: int) -> str |
         axes.set_ylabel("rows")
         axes.grid(axis="y")
         axes.set_axisbelow(True)
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def matches_figure(rows: Sequence[Mapping[str, Any]]) -> str:
     """Exact match by category: base and adapter shares with their intervals; rows as `match_table` gives them."""
     with rc_context(STYLE):
-        figure, axes = _figure(0.42 * len(rows) + 0.9)
+        figure, axes = new_figure(0.42 * len(rows) + 0.9)
         places = list(range(len(rows), 0, -1))
         for model, colour, shift in (("base", BASE_COLOUR, 0.13), ("adapter", ADAPTER_COLOUR, -0.13)):
             shares = [row[model]["share"] for row in rows]
@@ -110,7 +110,7 @@ def matches_figure(rows: Sequence[Mapping[str, Any]]) -> str:
         axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axes.grid(axis="x")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def sweep_figure(trials: Sequence[Mapping[str, Any]], varied: Sequence[str], best: str | None) -> str | None:
@@ -128,7 +128,7 @@ def sweep_figure(trials: Sequence[Mapping[str, Any]], varied: Sequence[str], bes
         for axes, name in zip(panels, names, strict=True):
             _sweep_panel(axes, name, scored, best)
         panels[0].set_ylabel("validation loss (nats)")
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def curves_figure(trials: Sequence[Mapping[str, Any]]) -> str | None:
@@ -137,7 +137,7 @@ def curves_figure(trials: Sequence[Mapping[str, Any]]) -> str | None:
     if not drawn:
         return None
     with rc_context(STYLE):
-        figure, axes = _figure(3.0)
+        figure, axes = new_figure(3.0)
         for place, trial in enumerate(drawn):
             colour = TRIAL_COLOURS[place % len(TRIAL_COLOURS)]
             steps, losses = smoothed([(p["step"], p["loss"]) for p in trial.get("curve") or [] if _positive(p["loss"])])
@@ -152,7 +152,7 @@ def curves_figure(trials: Sequence[Mapping[str, Any]]) -> str | None:
         axes.set_ylabel("loss (nats per token), log scale")
         axes.grid(axis="y")
         axes.legend(ncols=min(len(drawn), 6), loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=8)
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def quantization_figure(layers: Sequence[Mapping[str, Any]]) -> str | None:
@@ -163,7 +163,7 @@ def quantization_figure(layers: Sequence[Mapping[str, Any]]) -> str | None:
     for layer in layers:
         kinds.setdefault(layer["name"].rsplit(".", 1)[-1], []).append(layer["relative_l2"])
     with rc_context(STYLE):
-        figure, axes = _figure(0.32 * len(kinds) + 0.7)
+        figure, axes = new_figure(0.32 * len(kinds) + 0.7)
         for place, errors in enumerate(reversed(kinds.values()), start=1):
             axes.scatter(errors, [place] * len(errors), s=34, color=ADAPTER_COLOUR, alpha=0.55, edgecolors="none")
         axes.set_yticks(range(1, len(kinds) + 1), list(reversed(kinds)))
@@ -171,7 +171,7 @@ def quantization_figure(layers: Sequence[Mapping[str, Any]]) -> str | None:
         axes.set_xlim(0, 1.06 * max(max(errors) for errors in kinds.values()) or 1.0)
         axes.grid(axis="x")
         axes.set_xlabel("relative L2 error of the layer's weights")
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def lineage_figure(lineage: Mapping[str, Any]) -> str:
@@ -187,7 +187,7 @@ def lineage_figure(lineage: Mapping[str, Any]) -> str:
         for row, node in enumerate(column)
     }
     with rc_context(STYLE):
-        figure, axes = _figure(0.42 * rows + 0.3)
+        figure, axes = new_figure(0.42 * rows + 0.3)
         for edge in lineage["edges"]:
             arrow = {"arrowstyle": "-", "color": "#c6cbd1", "lw": 1.1}
             axes.annotate("", xy=places[edge["to"]], xytext=places[edge["from"]], arrowprops=arrow, zorder=1)
@@ -200,7 +200,7 @@ def lineage_figure(lineage: Mapping[str, Any]) -> str:
         axes.set_ylim(-rows / 2, rows / 2)
         _bare(axes)
         axes.set_yticks([])
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def _depths(lineage: Mapping[str, Any]) -> dict[str, int]:
@@ -243,7 +243,7 @@ def _sweep_panel(axes: Axes, name: str, trials: Sequence[Mapping[str, Any]], bes
     axes.grid(axis="y")
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """A name from data as it stands: no mathematics between dollar signs, no second line."""
     return " ".join(text.replace("$", r"\$").split())
 
@@ -253,7 +253,8 @@ def _positive(value: float | None) -> bool:
     return value is not None and 0 < value < math.inf
 
 
-def _figure(height_in: float) -> tuple[Figure, Axes]:
+def new_figure(height_in: float) -> tuple[Figure, Axes]:
+    """An empty figure as wide as the page's text, and its only axes; drawn within `rc_context(STYLE)`."""
     figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
     return figure, figure.subplots()
 
@@ -264,7 +265,8 @@ def _bare(axes: Axes) -> None:
     axes.set_xticks([])
 
 
-def _svg(figure: Figure) -> str:
+def svg_text(figure: Figure) -> str:
+    """The figure as SVG; equal figures give equal bytes."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return stream.getvalue()

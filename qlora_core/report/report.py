@@ -3,14 +3,11 @@
 Knows the shape of every stage's figures and how they are shown; decides and measures nothing.
 """
 
-import base64
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_core.digest import digest_json
 from qlora_core.report.answers import match_table, read_answers, sample_answers
@@ -24,6 +21,7 @@ from qlora_core.report.figures import (
     quantization_figure,
     sweep_figure,
 )
+from qlora_core.report.page import embedded, template
 
 SHOWN_ANSWERS = 12
 SHOWN_QUARANTINED = 10
@@ -31,8 +29,6 @@ SHOWN_HITS = 20
 OPEN_SAMPLES = 5
 # Of a cluster's opening prompt, where curation recorded it.
 SHOWN_CHARACTERS = 300
-SHORT_DIGEST = 12
-MISSING = "–"
 
 LEADS = {
     "PROMOTE": "The new adapter is better beyond chance; it may become champion.",
@@ -48,6 +44,7 @@ def write_report(
     config: Mapping[str, Any],
     curation: Mapping[str, Any],
     quantization: Mapping[str, Any],
+    quality: Mapping[str, Any] | None = None,
     sweep: Mapping[str, Any],
     evaluation: Mapping[str, Any],
     decision: Mapping[str, Any],
@@ -58,55 +55,41 @@ def write_report(
     """Write the HTML file `out` from the stages' JSON, their `lineage` graph and the tables in the two folders.
 
     Equal inputs give equal bytes. Text from data is escaped everywhere. A judge or an exact match that is null is said
-    to be missing, and why. Raises EvaluationError where `answers.jsonl` cannot be read.
+    to be missing, and why. `quality` is what `write_quality` measured, None where the job names no text for it. Raises
+    EvaluationError where `answers.jsonl` cannot be read.
     """
     answers = read_answers(evaluation_folder)
     matches = match_table(answers, evaluation["metrics"]["heldout"]["confidence"])
     varied = _varied(sweep)
-    page = (
-        _environment()
-        .get_template("report.html.jinja")
-        .render(
-            config=config,
-            config_yaml=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True),
-            config_digest=digest_json(dict(config)),
-            curation=curation,
-            quantization=quantization,
-            sweep=sweep,
-            varied=varied,
-            evaluation=evaluation,
-            heldout=evaluation["metrics"]["heldout"],
-            exact=evaluation["metrics"]["exact_match"],
-            judge=evaluation["metrics"]["judge"],
-            decision=decision,
-            lead=LEADS[decision["verdict"]],
-            matches=matches,
-            samples=sample_answers(answers, SHOWN_ANSWERS),
-            answer_count=len(answers),
-            quarantined=_quarantined(curated_folder),
-            near_duplicates=_switched_on(curation, "near_duplicates"),
-            contamination=_switched_on(curation, "contamination"),
-            shown_hits=SHOWN_HITS,
-            open_samples=OPEN_SAMPLES,
-            shown_characters=SHOWN_CHARACTERS,
-            lineage=_lineage_rows(lineage),
-            figures=_figures(curation, quantization, sweep, varied, matches)
-            | {"lineage": _embedded(lineage_figure(lineage))},
-        )
+    page = template("report.html.jinja").render(
+        config=config,
+        config_yaml=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True),
+        config_digest=digest_json(dict(config)),
+        curation=curation,
+        quantization=quantization,
+        quality=quality,
+        sweep=sweep,
+        varied=varied,
+        evaluation=evaluation,
+        heldout=evaluation["metrics"]["heldout"],
+        exact=evaluation["metrics"]["exact_match"],
+        judge=evaluation["metrics"]["judge"],
+        decision=decision,
+        lead=LEADS[decision["verdict"]],
+        matches=matches,
+        samples=sample_answers(answers, SHOWN_ANSWERS),
+        answer_count=len(answers),
+        quarantined=_quarantined(curated_folder),
+        near_duplicates=_switched_on(curation, "near_duplicates"),
+        contamination=_switched_on(curation, "contamination"),
+        shown_hits=SHOWN_HITS,
+        open_samples=OPEN_SAMPLES,
+        shown_characters=SHOWN_CHARACTERS,
+        lineage=_lineage_rows(lineage),
+        figures=_figures(curation, quantization, sweep, varied, matches)
+        | {"lineage": embedded(lineage_figure(lineage))},
     )
     out.write_text(page, encoding="utf-8", newline="\n")
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("qlora_core.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": _number, "percent": _percent, "count": _count, "short": _short, "value": _value}
-    return environment
 
 
 def _figures(
@@ -126,7 +109,7 @@ def _figures(
         "curves": curves_figure(sweep["trials"]),
         "quantization": quantization_figure(quantization["layers"]),
     }
-    return {name: _embedded(svg) if svg else None for name, svg in drawn.items()}
+    return {name: embedded(svg) if svg else None for name, svg in drawn.items()}
 
 
 def _lineage_rows(lineage: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -178,28 +161,3 @@ def _quarantined(curated_folder: Path) -> list[dict[str, Any]]:
 
     path = curated_folder / "quarantine.parquet"
     return pq.read_table(path).slice(0, SHOWN_QUARANTINED).to_pylist() if path.is_file() else []
-
-
-def _embedded(svg: str) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return MISSING if value is None or not math.isfinite(value) else f"{value:,.{digits}f}".replace("-", "−")
-
-
-def _percent(value: float | None, digits: int = 0) -> str:
-    return MISSING if value is None else f"{value:.{digits}%}".replace("-", "−")
-
-
-def _count(value: int | None) -> str:
-    return MISSING if value is None else f"{value:,}"
-
-
-def _short(digest: str | None) -> str:
-    return digest[:SHORT_DIGEST] if digest else MISSING
-
-
-def _value(value: Any) -> str:
-    """A setting as it would stand in the config: numbers short, nothing as a dash."""
-    return MISSING if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -23,7 +23,10 @@ from qlora_core.errors import LeaseLostError, QloraError, SweepError
 _OBJECT_STORE_BYTES = 100_000_000
 """Results are small JSON; Ray's own default takes a third of the host's memory."""
 
-_MOST_CPU_WORKERS = 4
+MOST_CPU_WORKERS = 4
+CPU_ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "131072"}
+"""Keeps glibc from raising the size from which tensors get pages of their own; else those it frees stay in holes."""
+
 _STARTS_WITHOUT_SUCCESS = 3
 _STOP_GRACE_S = 60.0
 _CONNECT_TIMEOUT_S = 10.0
@@ -184,7 +187,7 @@ class Cluster:
 
         resources = ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-        count = min(self._most, self._wanted or gpus or max(1, min(cpus, _MOST_CPU_WORKERS)))
+        count = min(self._most, self._wanted or gpus or max(1, min(cpus, MOST_CPU_WORKERS)))
         self._options = _actor_options(gpu=gpus > 0)
         if count > (gpus or cpus):
             _LOGGER.warning("%d workers wanted, room for %d: the others wait for nodes to join", count, gpus or cpus)
@@ -324,7 +327,7 @@ def _actor_options(*, gpu: bool) -> dict[str, Any]:
     # Workers read local folders only, so they need no hub; two threads, so that `stop` is heard during `run`.
     variables = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not gpu:
-        variables |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        variables |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **CPU_ALLOCATOR}
     return {
         "num_cpus": 1,
         "num_gpus": 1 if gpu else 0,

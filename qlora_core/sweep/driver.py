@@ -29,16 +29,28 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class SweepDriver:
-    """One sweep. `length_of`: a trial's steps, from its settings; `on_trial` gets the row of a trial that changed."""
+    """One sweep. `length_of`: a trial's steps, from its settings; `on_trial` gets the row of a trial that changed.
+
+    A worker trains up to `pack_size` trials at a time; a trial whose worker died goes alone from then on, so that one
+    that kills its worker takes no neighbour along twice.
+    """
 
     def __init__(
-        self, study: SweepStudy, sweep: SweepConfig, train: TrainConfig, length_of: LengthOf, on_trial: OnTrial | None
+        self,
+        study: SweepStudy,
+        sweep: SweepConfig,
+        train: TrainConfig,
+        length_of: LengthOf,
+        on_trial: OnTrial | None,
+        *,
+        pack_size: int = 1,
     ) -> None:
         self._study = study
         self._sweep = sweep
         self._train = train
         self._length_of = length_of
         self._on_trial = on_trial
+        self.pack_size = pack_size
 
     def run(self, cluster: Cluster) -> list[TrialRecord]:
         """Finish every trial of the sweep, from where an earlier driver had left it; the records in the order drawn."""
@@ -105,28 +117,54 @@ class _Cohort:
         return lengths
 
     def _dispatch(self, cluster: Cluster) -> None:
-        for worker in cluster.idle():
-            segment = self._halving.next_segment()
-            if segment is None:
+        idle = cluster.idle()
+        for place, worker in enumerate(idle):
+            share = -(-self._halving.open_segments // (len(idle) - place))
+            pack = self._next_pack(min(self._driver.pack_size, share))
+            if not pack:
                 return
+            records = [self._records[segment.trial] for segment in pack]
+            _LOGGER.info(
+                "%s trains %s", worker, ", ".join(f"{part.trial} up to step {part.until_step}" for part in pack)
+            )
+            orders = [{"id": record.id, "params": record.params, "rungs": record.rungs} for record in records]
+            cluster.submit(worker, pack, "run", orders, [segment.until_step for segment in pack])
+
+    def _next_pack(self, most: int) -> list[Segment]:
+        """Segments to train together, taken from the cohort; all in one precision, for they share a base."""
+        pack: list[Segment] = []
+        while len(pack) < most and (segment := self._halving.next_segment()) is not None:
             record = self._records[segment.trial]
-            _LOGGER.info("trial %s goes to %s, up to step %d", segment.trial, worker, segment.until_step)
-            order = {"id": record.id, "params": record.params, "rungs": record.rungs}
-            cluster.submit(worker, segment, "run", order, segment.until_step)
+            together = not pack or (record.deaths == 0 and self._precision(segment) == self._precision(pack[0]))
+            if not together:
+                self._halving.release(segment.trial)
+                break
+            pack.append(segment)
+            if record.deaths:
+                break
+        return pack
+
+    def _precision(self, segment: Segment) -> str:
+        return self._records[segment.trial].params["precision"]
 
     def _take(self, outcome: Outcome, advance: Callable[[float], None]) -> None:
-        segment: Segment = outcome.task
-        record = self._records[segment.trial]
-        before = record.steps
-        if outcome.result is not None:
-            self._take_progress(record, segment, outcome.result)
-        elif outcome.died:
-            self._take_death(record, outcome.error)
-        else:
-            self._fail(record, str(outcome.error))
-        advance(record.steps - before)
+        pack: list[Segment] = outcome.task
+        records = [self._records[segment.trial] for segment in pack]
+        before = sum(record.steps for record in records)
+        results: list[Any] = [None] * len(pack) if outcome.result is None else list(outcome.result)
+        for record, segment, progress in zip(records, pack, results, strict=True):
+            if progress is None and outcome.died:
+                self._take_death(record, outcome.error)
+            elif progress is None:
+                self._fail(record, str(outcome.error))
+            elif progress.get("error") is not None:
+                record.add_progress(progress)
+                self._fail(record, progress["error"])
+            else:
+                self._take_progress(record, segment, progress)
+        advance(sum(record.steps for record in records) - before)
         changed = [other for other in self._records.values() if self._take_state(other)]
-        for other in changed if record in changed else [record, *changed]:
+        for other in [*(record for record in records if record not in changed), *changed]:
             self._driver.publish(other)
 
     def _take_progress(self, record: TrialRecord, segment: Segment, progress: Mapping[str, Any]) -> None:

@@ -54,14 +54,22 @@ class Halving:
             return None
         return Segment(trial, rung, self._rungs[trial][rung])
 
-    def next_segment(self) -> Segment | None:
-        """Take the next segment to dispatch: deepest rung first, then the order drawn. None: nothing to do now."""
-        open_segments = [
+    @property
+    def open_segments(self) -> int:
+        """How many segments could be dispatched now."""
+        return len(self._open())
+
+    def _open(self) -> list[Segment]:
+        return [
             segment for trial in self._rungs if trial not in self._running and (segment := self.due(trial)) is not None
         ]
-        if not open_segments:
+
+    def next_segment(self) -> Segment | None:
+        """Take the next segment to dispatch: deepest rung first, then the order drawn. None: nothing to do now."""
+        waiting = self._open()
+        if not waiting:
             return None
-        chosen = min(open_segments, key=lambda segment: (-segment.rung, self._order[segment.trial]))
+        chosen = min(waiting, key=lambda segment: (-segment.rung, self._order[segment.trial]))
         self._running.add(chosen.trial)
         return chosen
 

@@ -50,7 +50,7 @@ class TrialRecord:
         self.optimizer = progress["optimizer"]
         self.seconds = round(self.seconds + progress["seconds"], 3)
         loss = progress["validation_loss"]
-        if not progress["interrupted"] and loss is not None and math.isfinite(loss):
+        if loss is not None and math.isfinite(loss):
             self.loss = loss
             self.rungs.append({"step": progress["step"], "loss": loss})
 

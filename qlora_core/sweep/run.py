@@ -19,15 +19,18 @@ from qlora_core.config.sweep import SweepConfig
 from qlora_core.config.train import TrainConfig
 from qlora_core.errors import DataError, SweepError
 from qlora_core.sweep.adapter_card import write_adapter_card
-from qlora_core.sweep.cluster import Cluster, Outcome, ray_connection
+from qlora_core.sweep.cluster import MOST_CPU_WORKERS, Cluster, Outcome, ray_connection
 from qlora_core.sweep.driver import OnTrial, SweepDriver
 from qlora_core.sweep.keeper import work_name
 from qlora_core.sweep.lock import DRIVER_LOCK, OTHER_DRIVER_S, exclusive_lock
+from qlora_core.sweep.memory_check import check_memory, execution_settings, mean_tokens, plan_record
+from qlora_core.sweep.pack_size import pack_size
 from qlora_core.sweep.record import TrialRecord
 from qlora_core.sweep.rungs import TrialLength
 from qlora_core.sweep.space import cohort_size
 from qlora_core.sweep.study import best_record, open_study, set_aside
 from qlora_core.sweep.worker import SweepWorker
+from qlora_core.training.memory.machine import local_device
 from qlora_core.training.schedule import total_steps, warmup_steps
 
 _LOGGER = logging.getLogger(__name__)
@@ -85,12 +88,19 @@ def run_sweep(
     `on_trial` is called in this process with a trial's row as in `sweep.json` whenever the trial changed, and once
     for each trial when it is taken up again after an interruption (`state` is "waiting" until it is finished).
 
-    Returns what `sweep.json` holds: `method`, `varied` (names in the search space), `trials`, `best` (a trial's id).
+    Returns what `sweep.json` holds: `method`, `varied` (names in the search space), `trials`, `best` (a trial's id),
+    `memory` (how the largest trial was planned to run and why; None where the workers are elsewhere).
     Raises SweepError when no trial finished, listing every trial's error; the next call then tries all of them again.
-    Raises LeaseLostError when another machine has taken the sweep over.
+    Raises TrainingError, before anything is loaded, when the largest trial does not fit this machine's memory, and
+    LeaseLostError when another machine has taken the sweep over.
     """
     with exclusive_lock(work.work_dir / DRIVER_LOCK, purpose="this sweep runs already", wait_s=OTHER_DRIVER_S):
-        records, best = _train_and_export(sweep, train, compute, work, on_trial)
+        inputs = (work.quantized_folder, work.curated_folder)
+        together = _pack_size(train, compute, work)
+        plan = check_memory(sweep, train, compute, *inputs, most_workers=MOST_CPU_WORKERS, pack_size=together)
+        execution = execution_settings(compute, plan)
+        together = together if plan is None else plan.pack_size
+        records, best = _train_and_export(sweep, train, compute, work, execution, together, on_trial)
         if best is None:
             kept = set_aside(work.study_file)
             errors = "; ".join(f"{record.id}: {record.error}" for record in records)
@@ -100,6 +110,7 @@ def run_sweep(
             "varied": sorted(sweep.space),
             "trials": [record.row() for record in records],
             "best": best.id,
+            "memory": plan_record(plan),
         }
         shutil.copytree(_export_folder(work, best), out / "adapter", dirs_exist_ok=True)
         (out / "sweep.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
@@ -107,17 +118,25 @@ def run_sweep(
 
 
 def _train_and_export(
-    sweep: SweepConfig, train: TrainConfig, compute: ComputeConfig, work: SweepWork, on_trial: OnTrial | None
+    sweep: SweepConfig,
+    train: TrainConfig,
+    compute: ComputeConfig,
+    work: SweepWork,
+    execution: Mapping[str, Any],
+    together: int,
+    on_trial: OnTrial | None,
 ) -> tuple[list[TrialRecord], TrialRecord | None]:
     rows = _trained_rows(work.curated_folder)
     with open_study(work.study_file, sweep, train, _identity(sweep, train, work.lineage)) as study:
-        driver = SweepDriver(study, sweep, train, lambda params: _length(params, rows), on_trial)
+        driver = SweepDriver(study, sweep, train, lambda params: _length(params, rows), on_trial, pack_size=together)
         arguments = {
             "quantized_folder": str(work.quantized_folder.resolve()),
             "curated_folder": str(work.curated_folder.resolve()),
             "trials_dir": str(work.trials_dir.resolve()),
             "precision": train.precision,
             "kept": work.kept,
+            "residency": dict(execution),
+            "memory_sharers": min(cohort_size(sweep), compute.workers or MOST_CPU_WORKERS),
         }
         with (
             ray_connection(compute.ray_address, compute.workers),
@@ -161,6 +180,11 @@ def _call(cluster: Cluster, method: str, *arguments: Any) -> Outcome:
 def _export_folder(work: SweepWork, record: TrialRecord) -> Path:
     # In the work folder, which workers on other machines see too; `out` may be local to the driver.
     return work.work_dir / "export" / record.id
+
+
+def _pack_size(train: TrainConfig, compute: ComputeConfig, work: SweepWork) -> int:
+    device = "cpu" if compute.ray_address is None and local_device()[0] == "cpu" else "cuda"
+    return pack_size(compute.pack_size, train, mean_tokens(work.curated_folder), device)
 
 
 def _length(params: TrainConfig, rows: int) -> TrialLength:

@@ -8,7 +8,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,8 @@ _LOGGER = logging.getLogger(__name__)
 class SweepWorker:
     """Trains trials of one sweep over one base. Used from two threads: `run` and `export` in one, `stop` in another.
 
-    `kept` says where in a store the trials' checkpoints are kept too: the fields of `StoreKeeper`.
+    `kept` says where in a store the trials' checkpoints are kept too: the fields of `StoreKeeper`. `residency` are the
+    arguments of `load_quantized` on how layers execute; `memory_sharers` workers on CPUs divide a machine's memory.
     """
 
     def __init__(
@@ -40,12 +42,16 @@ class SweepWorker:
         trials_dir: str,
         precision: str,
         kept: Mapping[str, Any] | None = None,
+        residency: Mapping[str, Any] | None = None,
+        memory_sharers: int = 1,
     ) -> None:
         self._quantized_folder = Path(quantized_folder)
         self._curated_folder = Path(curated_folder)
         self._trials_dir = Path(trials_dir)
         self._precision = precision
         self._kept = kept
+        self._residency = dict(residency or {})
+        self._memory_sharers = memory_sharers
         self._stop = threading.Event()
         self._trainer: Trainer | None = None
         self._rows: dict[str, list[TokenRow]] = {}
@@ -68,18 +74,23 @@ class SweepWorker:
         self._load_base(self._precision)
         return {"device": device, "pid": os.getpid()}
 
-    def run(self, trial: Mapping[str, Any], until_step: int) -> dict[str, Any]:
-        """Train a trial ({"id", "params", "rungs"}) from its newest checkpoint up to `until_step`.
+    def run(self, trials: Sequence[Mapping[str, Any]], until_steps: Sequence[int]) -> list[dict[str, Any]]:
+        """Train a pack of trials ({"id", "params", "rungs"} each) from their newest checkpoints up to `until_steps`.
 
-        `rungs` is what is known of it so far, a {"step", "loss"} each. Returns the fields of TrialProgress, with
-        `seconds` of this segment alone. Ends early, marked `interrupted`, after `stop`. Raises what the trainer raises,
-        SweepError when another process still trains this trial, and LeaseLostError when one on another machine does.
+        `rungs` is what is known of a trial so far, a {"step", "loss"} each. Returns for each the fields of
+        TrialProgress, with `seconds` of this segment alone: its share of the pack's time. Ends early, marked
+        `interrupted`, after `stop`; a trial that cannot go on has its `error` there. Raises SweepError when another
+        process still trains one of them, and LeaseLostError when one on another machine does.
         """
         started = time.monotonic()
-        order = self._order(trial)
-        with self._owned(order.id):
-            (progress,) = self._trainer_for(order.params).run([order], until_step, should_stop=self._stop.is_set)
-        return {**asdict(progress), "seconds": time.monotonic() - started}
+        orders = [self._order(trial) for trial in trials]
+        with ExitStack() as owned:
+            for order in sorted(orders, key=lambda order: order.id):  # one order for all, so that no two wait for ever
+                owned.enter_context(self._owned(order.id))
+            trainer = self._trainer_for(orders[0].params)
+            results = trainer.run(orders, list(until_steps), should_stop=self._stop.is_set)
+        share = (time.monotonic() - started) / len(orders)
+        return [{**asdict(progress), "seconds": share} for progress in results]
 
     def export(self, trial: Mapping[str, Any], out: str) -> dict[str, Any]:
         """Write the trial's adapter as a PEFT folder; returns the compute `precision` it was trained in."""
@@ -114,13 +125,17 @@ class SweepWorker:
         return self._trainer
 
     def _load_base(self, precision: str) -> None:
-        from qlora_core.model.base import load_quantized
+        from qlora_core.model.base import choose_device, load_quantized
         from qlora_core.sweep.keeper import StoreKeeper
         from qlora_core.training.trainer import Trainer
 
         # Let go of the old base first: two do not fit where one does.
         self._trainer = None
-        base = load_quantized(self._quantized_folder, precision=precision)
+        device = choose_device()
+        sharers = self._memory_sharers if device == "cpu" else 1  # a GPU belongs to one worker
+        base = load_quantized(
+            self._quantized_folder, precision=precision, device=device, memory_sharers=sharers, **self._residency
+        )
         keeper = StoreKeeper(**self._kept) if self._kept else None
         train, validation = self._rows["train"], self._rows["validation"]
         self._trainer = Trainer(base, train, validation, self._trials_dir, keeper, self._packs)

@@ -1,7 +1,7 @@
-"""Which rows make up each step, and how rows become padded tensors.
+"""Which rows make up each step, and which of their tokens are trained.
 
 The order is a pure function of (seed, step): a resume needs no position but the step. A row may be a packed one, which
-holds several. Knows nothing of models or losses. Shapes: B rows of a micro-batch, T positions of its longest row.
+holds several. Knows nothing of models or losses.
 """
 
 import random
@@ -10,12 +10,9 @@ from dataclasses import dataclass
 from typing import overload
 
 import numpy as np
-import torch
 
 from qlora_core.data.dataset import TokenRow
-from qlora_core.model.packed_attention import document_positions
 
-IGNORE_INDEX = -100
 # Rows are sorted by length within pools of this many batches: short enough to keep the order random, long enough that
 # a batch holds rows of nearly one length.
 POOL_BATCHES = 50
@@ -108,52 +105,15 @@ class PackedRows(Sequence[TokenRow]):
         return pack([self._rows[row] for row in self._order[self._starts[places] : self._starts[places + 1]]])
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows of one forward pass, padded on the right to the longest of them.
-
-    `labels_BT[b, t]` is the token that position t must predict, that is token t + 1 of the row where the loss mask
-    trains it, else IGNORE_INDEX; a row's first token is never a label. `trained_tokens` counts the labels.
-    `position_ids_BT` is there for packed rows alone and starts anew at each row inside; None: one row a sequence.
-    """
-
-    row_ids: tuple[str, ...]
-    input_ids_BT: torch.Tensor
-    attention_mask_BT: torch.Tensor
-    labels_BT: torch.Tensor
-    trained_tokens: int
-    position_ids_BT: torch.Tensor | None = None
-
-
 def trained_tokens(row: TokenRow) -> int:
     """How many tokens of a row are labels: the first one has nothing before it to predict it from."""
     return sum(row.loss_mask[1:])
 
 
-def collate(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
-    """Rows as one padded micro-batch on `device`. Padding is token 0, masked everywhere; at least one row is needed.
+def labels_of(row: TokenRow) -> list[tuple[int, int]]:
+    """(position, token to predict there) for every trained token: position t predicts token t + 1.
 
-    Packed rows count as one each, and come all together or not at all.
+    A row's first token is never a label; a row without trained tokens gives an empty list.
     """
-    longest = max(len(row.input_ids) for row in rows)
-    ids, mask, labels = [], [], []
-    for row in rows:
-        length = len(row.input_ids)
-        padding = longest - length
-        ids.append(list(row.input_ids) + [0] * padding)
-        mask.append([1] * length + [0] * padding)
-        shifted = [
-            token if trained else IGNORE_INDEX
-            for token, trained in zip(row.input_ids[1:], row.loss_mask[1:], strict=True)
-        ]
-        labels.append(shifted + [IGNORE_INDEX] * (padding + 1))
-    packed = [row for row in rows if isinstance(row, PackedRow)]
-    positions = [document_positions(row.lengths, longest) for row in packed]
-    return MicroBatch(
-        row_ids=tuple(row_id for row in packed for row_id in row.row_ids) or tuple(row.id for row in rows),
-        input_ids_BT=torch.tensor(ids, dtype=torch.long, device=device),
-        attention_mask_BT=torch.tensor(mask, dtype=torch.long, device=device),
-        labels_BT=torch.tensor(labels, dtype=torch.long, device=device),
-        trained_tokens=sum(trained_tokens(row) for row in rows),
-        position_ids_BT=torch.tensor(positions, dtype=torch.long, device=device) if packed else None,
-    )
+    pairs = enumerate(zip(row.input_ids[1:], row.loss_mask[1:], strict=True))
+    return [(place, token) for place, (token, trained) in pairs if trained]

@@ -75,8 +75,10 @@ def save_checkpoint(
     adapter: Mapping[str, torch.Tensor],
     optimizer: Mapping[str, torch.Tensor],
     state: Mapping[str, Any],
+    *,
+    best_step: int | None = None,
 ) -> Checkpoint:
-    """Write the checkpoint of `step` under `folder` and delete all but the newest two.
+    """Write the checkpoint of `step` under `folder` and delete all but the newest two and that of `best_step`.
 
     A crash at any moment leaves the earlier checkpoints as they were, or them and the new one.
 
@@ -97,7 +99,7 @@ def save_checkpoint(
             _set_aside(final, "it was written again")
         stage.rename(final)
         _flush_folder(folder)
-        _delete_old(folder)
+        _delete_old(folder, best_step)
     except (OSError, SafetensorError) as error:  # safetensors wraps the disk's errors in its own
         shutil.rmtree(stage, ignore_errors=True)
         raise TrainingError(
@@ -187,8 +189,10 @@ def _set_aside(path: Path, fault: str) -> None:
     _flush_folder(path.parent)
 
 
-def _delete_old(folder: Path) -> None:
+def _delete_old(folder: Path, best_step: int | None) -> None:
     for step, path in _checkpoints(folder)[KEPT_CHECKPOINTS:]:
+        if step == best_step:
+            continue
         # Renamed first, so that a crash while deleting leaves no half checkpoint under a checkpoint's name
         doomed = folder / f"{_STAGING}old-{step:08d}"
         path.rename(doomed)

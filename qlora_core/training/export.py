@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from qlora_core.data.dataset import TokenRow
 from qlora_core.errors import TrainingError
 from qlora_core.model.adapter import Golden, golden_logits, write_golden
-from qlora_core.training.lora import AttachedAdapter, detach, reload_adapter
+from qlora_core.training.adapter_config import exported
+from qlora_core.training.pack.pack import Pack
 
 GOLDEN_PROMPTS = 3
 # Largest logit difference after a reload, as a share of the largest logit. CPUs give 0; GPU kernels may round anew.
@@ -39,17 +40,18 @@ class TrainedAdapter:
     logits: list[torch.Tensor]
 
 
-def capture(adapter: AttachedAdapter, rows: Sequence[TokenRow]) -> TrainedAdapter:
-    """What an export needs of an attached adapter; golden prompts are the beginnings of the first rows.
+def capture(pack: Pack, slot: int, rows: Sequence[TokenRow]) -> TrainedAdapter:
+    """What an export needs of the adapter in a slot; golden prompts are the beginnings of the first rows.
 
     Raises:
-        TrainingError: weights that are not finite, or B matrices that are all zero: nothing was learned.
+        TrainingError: weights that are not finite, or that change nothing: nothing was learned.
     """
-    adapter.eval_mode()
-    weights = adapter.tensors()
-    _check_learned(weights)
+    weights = pack.weights(slot)
+    tensors, config = exported(weights)
+    _check_learned(tensors, [factors.start is not None for factors in weights.factors.values()])
     prompts = golden_prompts(rows)
-    return TrainedAdapter(weights, adapter.config, prompts, golden_logits(adapter.model, prompts))
+    with pack.only(slot):
+        return TrainedAdapter(tensors, config, prompts, golden_logits(pack.base, prompts))
 
 
 def write_adapter(base: PreTrainedModel, trained: TrainedAdapter, out: Path) -> None:
@@ -67,11 +69,7 @@ def write_adapter(base: PreTrainedModel, trained: TrainedAdapter, out: Path) -> 
     stage.mkdir(parents=True)
     try:
         _write_peft_folder(stage, trained)
-        reloaded = reload_adapter(base, stage)
-        try:
-            _compare(golden_logits(reloaded, trained.prompts), trained.logits, base)
-        finally:
-            detach(reloaded)
+        _compare(_reloaded_logits(base, stage, trained.prompts), trained.logits, base)
         write_golden(stage, Golden(trained.prompts, trained.logits))
         stage.replace(out)
     finally:
@@ -92,16 +90,29 @@ def golden_prompts(rows: Sequence[TokenRow]) -> list[list[int]]:
     return [candidates[index % len(candidates)] for index in range(GOLDEN_PROMPTS)]
 
 
-def _check_learned(weights: Mapping[str, torch.Tensor]) -> None:
+def _check_learned(weights: Mapping[str, torch.Tensor], started: Sequence[bool]) -> None:
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise TrainingError(f"{name} is not finite; the adapter is not exported. Train again at a lower rate")
     norm = sum(tensor.double().square().sum().item() for name, tensor in weights.items() if "lora_B" in name) ** 0.5
-    if norm == 0:
+    if norm == 0 and not any(started):
         raise TrainingError(
             "every lora_B matrix is zero, so the adapter changes nothing; check that train.max_steps and "
             "train.learning_rate let it learn"
         )
+
+
+def _reloaded_logits(base: PreTrainedModel, folder: Path, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """What stock PEFT answers with the folder's adapter on the base, which is clean again afterwards."""
+    devices = [base.device] if base.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):  # PEFT draws initial weights before it overwrites them
+        model = PeftModel.from_pretrained(base, folder).eval()
+    try:
+        return golden_logits(model, prompts)
+    finally:
+        model.unload()
+        base.requires_grad_(False)
+        base.eval()
 
 
 def _write_peft_folder(folder: Path, trained: TrainedAdapter) -> None:

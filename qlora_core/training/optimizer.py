@@ -1,15 +1,19 @@
 """The optimizers of a trial behind one small interface: step at a rate, state as named tensors.
 
-bitsandbytes pages optimizer state between GPU and host memory. On a CPU there is nothing to page to: its own CPU
-kernels run with plain buffers, and `description` says so. Knows nothing of schedules, clipping or files.
+A trial's weights are a few flat buffers, so that a step is one fused pass over each. bitsandbytes pages optimizer state
+between GPU and host memory; on a CPU there is nothing to page to, its own CPU kernels run with plain buffers, and
+`description` says so. Paged buffers are freed with the optimizer. Knows nothing of schedules, clipping or files.
 """
 
 import logging
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from bitsandbytes.functional import GlobalPageManager
 from bitsandbytes.optim.adamw import PagedAdamW8bit, PagedAdamW32bit
+from bitsandbytes.optim.lion import Lion32bit
 
 from qlora_core.config.train import TrainConfig
 from qlora_core.errors import TrainingError
@@ -17,13 +21,16 @@ from qlora_core.errors import TrainingError
 logger = logging.getLogger(__name__)
 
 _PAGED = {"paged_adamw_32bit": PagedAdamW32bit, "paged_adamw_8bit": PagedAdamW8bit}
-OPTIMIZERS = (*_PAGED, "adamw")
+OPTIMIZERS = (*_PAGED, "adamw", "lion", "sgd")
 _EPSILON = 1e-8
+_B = "b"
 
 
 class TrialOptimizer:
-    """AdamW (Loshchilov and Hutter 2019) over a trial's named parameters, float32 state or 8-bit blockwise state.
+    """One optimizer over a trial's flat weights: AdamW, Lion (Chen et al. 2023) or plain SGD.
 
+    AdamW (Loshchilov and Hutter 2019) keeps float32 or 8-bit blockwise state. The buffer named "b" holds the B factors:
+    its rate is `lora_plus_ratio` times that of the others (Hayou et al. 2024).
     `description` names what really runs, for the record of the trial.
     """
 
@@ -32,22 +39,37 @@ class TrialOptimizer:
         if not parameters:
             raise TrainingError("the optimizer got no parameters; the adapter has no trainable tensor")
         self._parameters = dict(parameters)
+        self._ratios = {name: params.lora_plus_ratio if name == _B else 1.0 for name in parameters}
         device = next(iter(self._parameters.values())).device
-        self._optimizer = _build(list(self._parameters.values()), params, device)
+        groups = [{"params": [parameter], "name": name} for name, parameter in self._parameters.items()]
+        self._optimizer: Any = _build(groups, params, device)
         self.description = params.optimizer
         if params.optimizer in _PAGED and device.type == "cpu":
             self.description = f"{params.optimizer} (not paged: bitsandbytes keeps plain buffers on a CPU)"
             logger.info("optimizer %s", self.description)
 
     def step(self, learning_rate: float) -> None:
-        """One update of every parameter from its gradient; gradients are dropped afterwards."""
+        """One update of every parameter from its gradient; gradients are set to zero afterwards."""
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * self._ratios[group["name"]]
         with warnings.catch_warnings():
             # Said once in the description instead of once per process on standard error
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
             self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Set every gradient to zero, in place: the factors' gradients are views of them."""
+        for parameter in self._parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
+    def release(self) -> None:
+        """Let go of all state. bitsandbytes lists managed buffers for the process's life, so it is taken off there."""
+        paged = {id(v) for state in self._optimizer.state.values() for v in state.values() if _is_paged(v)}
+        manager = GlobalPageManager.get_instance()
+        manager.paged_tensors = [tensor for tensor in manager.paged_tensors if id(tensor) not in paged]
+        self._optimizer.state.clear()
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """The whole state as `parameter name|key` to tensor copies on the CPU, counters as int64; empty at first."""
@@ -56,6 +78,8 @@ class TrialOptimizer:
             torch.cuda.synchronize()  # paged buffers are written asynchronously and read here as host memory
         for name, parameter in self._parameters.items():
             for key, value in self._optimizer.state.get(parameter, {}).items():
+                if value is None:  # SGD without momentum keeps the key alone
+                    continue
                 tensor = value.detach() if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.int64)
                 tensors[f"{name}|{key}"] = tensor.to("cpu", copy=True).contiguous()
         return tensors
@@ -66,6 +90,7 @@ class TrialOptimizer:
         Raises:
             TrainingError: tensors that are missing, too many, or of another shape or dtype.
         """
+        self.release()
         if not tensors:
             return
         self._allocate_state()
@@ -89,6 +114,8 @@ class TrialOptimizer:
                     state[key] = int(stored.item())
 
     def _allocate_state(self) -> None:
+        if isinstance(self._optimizer, torch.optim.SGD):
+            return
         if isinstance(self._optimizer, torch.optim.AdamW):
             for parameter in self._parameters.values():
                 self._optimizer.state[parameter] = {
@@ -104,22 +131,20 @@ class TrialOptimizer:
                     self._optimizer.init_state(group, parameter, group_index, index)
 
 
-def _build(
-    parameters: list[torch.nn.Parameter], params: TrainConfig, device: torch.device
-) -> torch.optim.AdamW | PagedAdamW32bit | PagedAdamW8bit:
+def _is_paged(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and getattr(value, "is_paged", False)
+
+
+def _build(groups: list[dict[str, Any]], params: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     betas = (params.adam_beta1, params.adam_beta2)
+    rate, decay = params.learning_rate, params.weight_decay
     if params.optimizer == "adamw":
         fused = device.type in ("cpu", "cuda")
-        return torch.optim.AdamW(
-            parameters,
-            lr=params.learning_rate,
-            betas=betas,
-            eps=_EPSILON,
-            weight_decay=params.weight_decay,
-            fused=fused,
-        )
+        return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=_EPSILON, weight_decay=decay, fused=fused)
+    if params.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=rate, weight_decay=decay)
+    if params.optimizer == "lion":
+        return Lion32bit(groups, lr=rate, betas=betas, weight_decay=decay)  # pyright: ignore[reportArgumentType]
     if params.optimizer not in _PAGED:
         raise TrainingError(f"optimizer {params.optimizer!r} is unknown; choose one of {', '.join(OPTIMIZERS)}")
-    return _PAGED[params.optimizer](
-        parameters, lr=params.learning_rate, betas=betas, eps=_EPSILON, weight_decay=params.weight_decay
-    )
+    return _PAGED[params.optimizer](groups, lr=rate, betas=betas, eps=_EPSILON, weight_decay=decay)

@@ -1,39 +1,39 @@
-"""Trains the trials of a pack over one loaded base, in segments that add up to one run, bit for bit on a float32 CPU.
+"""Trains the trials of a pack together over one loaded base, in segments that add up to one run.
 
-Trials are trained one after the other; no trial's result depends on the others of its pack. Knows nothing of how trials
-are chosen, compared or where the base came from.
+A pass computes the next micro-batch of every trial at once; each trial steps when its own effective batch is complete.
+No trial's result depends on its neighbours: to 1e-10 in float64, to rounding in float32; alone, segments and resumes
+are bit-equal on a CPU. Knows nothing of how trials are chosen, compared or where the base came from.
 """
 
 import logging
-import math
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from qlora_core.data.dataset import TokenRow
 from qlora_core.digest import digest_json
-from qlora_core.errors import TrainingError
+from qlora_core.errors import NumericError, TrainingError
 from qlora_core.model.base import PRECISIONS
-from qlora_core.model.loss import sequence_losses
 from qlora_core.model.packed_attention import check_isolation
 from qlora_core.progress import progress_bar
-from qlora_core.training.checkpoint import Checkpoint, CheckpointKeeper, newest_checkpoint, save_checkpoint
+from qlora_core.training.adapter_config import lora_config
+from qlora_core.training.checkpoint import CheckpointKeeper
+from qlora_core.training.checkpointing import recomputed_activations
 from qlora_core.training.export import capture, write_adapter
-from qlora_core.training.lora import attached_adapter, own_generators
+from qlora_core.training.pack.pack import Pack
+from qlora_core.training.pass_loop import train_pass
 from qlora_core.training.preflight import check_rows, digest_rows, fingerprint_base, packed_rows, trainable_rows
-from qlora_core.training.schedule import total_steps
+from qlora_core.training.scoring import validation_loss
 from qlora_core.training.trial import Trial, TrialProgress
 from qlora_core.training.trial_run import TrialRun
-
-__all__ = ["Trainer", "total_steps"]
+from qlora_core.training.trial_shelf import TrialShelf
 
 logger = logging.getLogger(__name__)
 
-# One size for all trials, so that their validation losses are sums of the same batches
-VALIDATION_BATCH_ROWS = 8
+MOST_RECOVERIES = 2
 
 
 def _never() -> bool:
@@ -67,38 +67,55 @@ class Trainer:
         self._train = trainable_rows(train, "train")
         self._sequences: Sequence[TokenRow] = self._train if packs is None else packed_rows(self._train, packs)
         self._validation = trainable_rows(validation, "validation")
-        self._work_dir = work_dir
-        self._keeper = keeper
         check_rows(self._train, base, "train")
         check_rows(self._validation, base, "validation")
         base.requires_grad_(False)
         base.config.use_cache = False
         # Part of every checkpoint's identity; taken here, while the base has no adapter on it
-        self._inputs = {"training data": digest_rows(self._train), "base model": fingerprint_base(base)}
+        inputs = {"training data": digest_rows(self._train), "base model": fingerprint_base(base)}
         if packs is not None:
             check_isolation(base)
-            self._inputs["packed sequences"] = digest_json([list(ids) for ids in packs])
+            inputs["packed sequences"] = digest_json([list(ids) for ids in packs])
+        self._shelf = TrialShelf(work_dir, inputs, keeper)
+        self._pack = Pack(base)
 
     def run(
-        self, trials: Sequence[Trial], until_step: int | None, should_stop: Callable[[], bool] = _never
+        self,
+        trials: Sequence[Trial],
+        until_step: int | Sequence[int] | None,
+        should_stop: Callable[[], bool] = _never,
     ) -> list[TrialProgress]:
-        """Train each trial to `until_step` (None: its end), checkpoint it, and score it on all validation rows.
+        """Train the trials together to `until_step` (one for all or one each; None: their end), and score them.
+
+        Each is checkpointed there, and its validation loss is taken over all validation rows.
 
         A trial goes on from its newest valid checkpoint. One that is already there or further is only scored; how it
         stood at `until_step` comes back instead where a further checkpoint knows that. `should_stop` is asked before
-        every step: once true, the trial is checkpointed and it and the rest of the pack come back as `interrupted`, to
-        be taken up by the same call later. Results are in the order of `trials`.
+        every pass: once true, every trial is checkpointed at its last whole step and comes back as `interrupted`, to be
+        taken up by the same call later. Results are in the order of `trials`.
+
+        A trial that cannot go on comes back with its `error`, and the others go on: a loss or gradient that is not
+        finite or jumps even after two roll-backs, memory that does not suffice for one row, a checkpoint of other
+        settings, data or base, target modules that match nothing. Checkpoints taken before stay usable.
 
         Raises:
-            TrainingError: loss or gradients that are not finite, target modules that match nothing, a checkpoint of
-                other settings, data or base, a disk that refuses. Checkpoints taken before stay usable.
+            TrainingError: the call itself is impossible, or the disk refuses.
         """
         ids = [trial.id for trial in trials]
         if len(set(ids)) < len(ids):
             raise TrainingError(f"trial ids {ids} are not unique, so their checkpoints would mix; rename one")
-        if until_step is not None and until_step < 1:
-            raise TrainingError(f"until_step is {until_step}; train to step 1 or later, or None for the end")
-        return [self._run_one(trial, until_step, should_stop) for trial in trials]
+        until = list(until_step) if isinstance(until_step, Sequence) else [until_step] * len(trials)
+        if len(until) != len(trials) or any(step is not None and step < 1 for step in until):
+            raise TrainingError(
+                f"until_step is {until_step}; give one step for all trials or one each, 1 or later, or None"
+            )
+        with _BaseUntouched(self._base):
+            segment = _Segment(self, trials, until)
+            try:
+                segment.train(should_stop)
+                return segment.score()
+            finally:
+                segment.close()
 
     def export(self, trial: Trial, out: Path) -> None:
         """Write the trial's newest checkpoint to `out` as a PEFT folder with golden logits, verified by reloading it.
@@ -106,109 +123,162 @@ class Trainer:
         Raises:
             TrainingError: there is no checkpoint, nothing was learned, or the folder does not reproduce the logits.
         """
-        with attached_adapter(self._base, trial.params) as adapter:
-            run = TrialRun(trial, adapter, self._sequences)
-            if self._resume(run) is None:
-                raise TrainingError(f"trial {trial.id} has no checkpoint under {self._work_dir}; train it first")
-            trained = capture(adapter, self._validation + self._train)
+        run = self._begin(trial)
+        try:
+            if not self._shelf.resume(run):
+                raise TrainingError(f"trial {trial.id} has no checkpoint under {self._shelf.folder}; train it first")
+            trained = capture(self._pack, run.slot, self._validation + self._train)
+        finally:
+            self._end(run)
         write_adapter(self._base, trained, out)
 
-    def _run_one(self, trial: Trial, until_step: int | None, should_stop: Callable[[], bool]) -> TrialProgress:
-        self._check_precision(trial)
-        with attached_adapter(self._base, trial.params) as adapter, own_generators(self._base.device):
-            run = TrialRun(trial, adapter, self._sequences)
-            self._resume(run)
-            until = run.total_steps if until_step is None else min(until_step, run.total_steps)
-            if (earlier := run.progress_at(until)) is not None:
-                return earlier
-            if not self._train_to(run, until, should_stop):
-                return run.progress(validation_loss=None)
-            adapter.eval_mode()
-            return run.progress(self._validate(run))
-
-    def _train_to(self, run: TrialRun, until: int, should_stop: Callable[[], bool]) -> bool:
-        """Take steps up to `until` with checkpoints on the way; False when asked to stop before."""
-        params, counters = run.trial.params, run.counters
-        run.adapter.train_mode(gradient_checkpointing=params.gradient_checkpointing)
-        saved = counters.step
-        with progress_bar(f"Training {run.trial.id}", until) as advance:
-            advance(counters.step)
-            while counters.step < until and not should_stop():
-                run.train_step()
-                advance(1)
-                if counters.step % params.checkpoint_every_steps == 0 or counters.step == until:
-                    saved = self._save(run).step
-        if saved < counters.step:
-            self._save(run)
-        return counters.step >= until
-
-    def _validate(self, run: TrialRun) -> float:
-        losses = sequence_losses(run.adapter.base, self._validation, batch_size=VALIDATION_BATCH_ROWS)
-        loss = sum(nats for nats, _ in losses) / sum(tokens for _, tokens in losses)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the validation loss of trial {run.trial.id} is {loss} after step {run.counters.step}; lower "
-                "train.learning_rate"
-            )
-        return loss
-
-    def _save(self, run: TrialRun) -> Checkpoint:
-        checkpoint = save_checkpoint(
-            self._work_dir / run.trial.id,
-            run.counters.step,
-            run.adapter.tensors(),
-            run.optimizer.state_tensors(),
-            run.state() | {"identity": self._identity(run.trial)},
-        )
-        if self._keeper is not None:
-            self._keeper.keep(run.trial.id, checkpoint)
-        return checkpoint
-
-    def _resume(self, run: TrialRun) -> Checkpoint | None:
-        """Put the run where its newest valid checkpoint left it; None where there is none."""
-        checkpoint = self._newest(run.trial)
-        if checkpoint is None:
-            return None
-        state = checkpoint.state()
-        if fault := _misfit(state["identity"], self._identity(run.trial)):
-            raise TrainingError(
-                f"checkpoint {checkpoint.folder} belongs to another training: {fault}; use another compute.work_dir or "
-                f"delete {checkpoint.folder.parent}"
-            )
-        run.restore(state, checkpoint.adapter(), checkpoint.optimizer())
-        logger.info("trial %s goes on from %s", run.trial.id, checkpoint.folder)
-        return checkpoint
-
-    def _newest(self, trial: Trial) -> Checkpoint | None:
-        """The newest valid checkpoint of a trial, brought here first if a newer one is kept elsewhere and fits."""
-        folder = self._work_dir / trial.id
-        local = newest_checkpoint(folder)
-        if self._keeper is None or not self._keeper.bring_back(trial.id, folder, local):
-            return local
-        kept = newest_checkpoint(folder)
-        if kept is None or kept == local or not (fault := _misfit(kept.state()["identity"], self._identity(trial))):
-            return kept
-        # Not refused, as one of this folder would be: nobody can have meant it, and training anew loses time only.
-        logger.warning("trial %s: the kept checkpoint %s is not used: %s", trial.id, kept.folder.name, fault)
-        shutil.rmtree(kept.folder)
-        return local
-
-    def _identity(self, trial: Trial) -> dict[str, Any]:
-        """What a checkpoint's numbers depend on. How often one is written is no part of it."""
-        return trial.params.model_dump(mode="json", exclude={"checkpoint_every_steps"}) | self._inputs
-
-    def _check_precision(self, trial: Trial) -> None:
+    def _begin(self, trial: Trial) -> TrialRun:
+        """A fresh adapter for the trial, in a slot of its own."""
         wanted = PRECISIONS.get(trial.params.precision)
         if wanted is not None and wanted != self._base.dtype:
             raise TrainingError(
                 f"trial {trial.id} asks for precision {trial.params.precision}, but the base is loaded in "
                 f"{self._base.dtype}; load it in that precision or use train.precision: auto"
             )
+        slot = self._pack.fill(lora_config(self._base, trial.params), trial.params.seed)
+        return TrialRun(trial, slot, self._pack.weights(slot), self._sequences)
+
+    def _end(self, run: TrialRun) -> None:
+        run.optimizer.release()
+        self._pack.free(run.slot)
 
 
-def _misfit(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """How a checkpoint's identity differs from the wanted one; None if it does not."""
-    for key in sorted(stored.keys() | wanted.keys()):
-        if stored.get(key) != wanted.get(key):
-            return f"{key} is {stored.get(key)!r} there and {wanted.get(key)!r} here"
-    return None
+class _BaseUntouched:
+    """Checks, when the block has ended well, that no frozen weight was moved or rewritten in it."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self._base = base
+
+    def __enter__(self) -> None:
+        self._before = self._places()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None and self._places() != self._before:
+            raise TrainingError(
+                "the frozen base's weights were moved or rewritten while an adapter was on it; load it anew with "
+                "load_quantized, which keeps bitsandbytes from repacking weights in place"
+            )
+
+    def _places(self) -> dict[str, tuple[int, int]]:
+        """Where each weight lies and how often it was written in place; writes through `.data` escape it."""
+        return {name: (value.data_ptr(), value._version) for name, value in self._base.named_parameters()}
+
+
+class _Segment:
+    """One call of `Trainer.run`: the trials that are going, and what has become of the others."""
+
+    def __init__(self, trainer: Trainer, trials: Sequence[Trial], until: Sequence[int | None]) -> None:
+        self._trainer = trainer
+        self._order = [trial.id for trial in trials]
+        self._until: dict[str, int] = {}
+        self._runs: dict[str, TrialRun] = {}
+        self._results: dict[str, TrialProgress] = {}
+        self._interrupted = False
+        for trial, until_step in zip(trials, until, strict=True):
+            self._enter(trial, until_step)
+
+    def _enter(self, trial: Trial, until_step: int | None) -> None:
+        trainer = self._trainer
+        try:
+            run = trainer._begin(trial)
+        except TrainingError as error:
+            self._results[trial.id] = _refused(trial, error)
+            return
+        self._runs[trial.id] = run
+        try:
+            trainer._shelf.resume(run)
+        except TrainingError as error:
+            self._fail(run, error)
+            return
+        self._until[trial.id] = run.total_steps if until_step is None else min(until_step, run.total_steps)
+        if (earlier := run.progress_at(self._until[trial.id])) is not None:
+            self._results[trial.id] = earlier
+
+    def train(self, should_stop: Callable[[], bool]) -> None:
+        """Passes until every trial is where it should be, has failed, or training is asked to stop."""
+        checkpointing = any(run.trial.params.gradient_checkpointing for run in self._runs.values())
+        title = f"Training {' '.join(self._order)}"
+        with (
+            recomputed_activations(self._trainer._base, wanted=checkpointing),
+            progress_bar(title, sum(self._until.values())) as advance,
+        ):
+            advance(sum(run.counters.step for run in self._runs.values()))
+            while going := self._going():
+                if should_stop():
+                    self._interrupted = True
+                    break
+                for run, fault in train_pass(self._trainer._pack, going):
+                    before = run.counters.step
+                    self._settle(run, fault)
+                    advance(run.counters.step - before if fault else 1)
+        for run in self._going():
+            run.drop_open_step()
+            self._trainer._shelf.save_if_new(run)
+
+    def score(self) -> list[TrialProgress]:
+        """The results in the order asked for; trials without one yet are scored, unless training was to stop."""
+        trainer = self._trainer
+        for name, run in self._runs.items():
+            if name in self._results:
+                continue
+            if self._interrupted and run.counters.step < self._until[name]:
+                self._results[name] = run.progress(None)
+                continue
+            try:
+                loss = validation_loss(trainer._pack, run.slot, trainer._validation, name, run.counters.step)
+            except TrainingError as error:
+                self._results[name] = run.progress(None, str(error))
+            else:
+                self._results[name] = run.progress(loss)
+        return [self._results[name] for name in self._order]
+
+    def close(self) -> None:
+        """Free every slot."""
+        with ExitStack() as stack:
+            for run in self._runs.values():
+                stack.callback(self._trainer._end, run)
+
+    def _going(self) -> list[TrialRun]:
+        return [
+            run
+            for name, run in self._runs.items()
+            if name not in self._results and run.counters.step < self._until[name]
+        ]
+
+    def _settle(self, run: TrialRun, fault: TrainingError | None) -> None:
+        """After a step was taken, or refused by `fault`."""
+        shelf, every = self._trainer._shelf, run.trial.params.checkpoint_every_steps
+        if isinstance(fault, NumericError) and len(run.counters.recoveries) < MOST_RECOVERIES:
+            self._roll_back(run, fault)
+        elif fault is not None:
+            self._fail(run, fault)
+        elif run.counters.step % every == 0 or run.counters.step == self._until[run.trial.id]:
+            shelf.save(run)
+
+    def _roll_back(self, run: TrialRun, fault: NumericError) -> None:
+        """To the newest checkpoint, or to the start where there is none; half the rate, and past what led here."""
+        logger.warning("trial %s rolls back: %s", run.trial.id, fault)
+        reached = replace(run.counters)
+        if not self._trainer._shelf.resume(run):
+            self._trainer._end(run)
+            fresh = self._trainer._begin(run.trial)
+            self._runs[run.trial.id] = run = fresh
+        start = run.counters
+        run.counters = reached
+        run.recover(fault, replace(start, recoveries=reached.recoveries))
+        # Else a crash before the next checkpoint would forget the recovery and meet the fault again
+        self._trainer._shelf.save(run)
+
+    def _fail(self, run: TrialRun, error: TrainingError) -> None:
+        logger.error("trial %s ends at step %d: %s", run.trial.id, run.counters.step, error)
+        run.drop_open_step()
+        self._results[run.trial.id] = run.progress(None, str(error))
+
+
+def _refused(trial: Trial, error: TrainingError) -> TrialProgress:
+    return TrialProgress(trial.id, 0, 0, [], None, 0, 0.0, trial.params.optimizer, error=str(error))

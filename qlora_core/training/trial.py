@@ -38,8 +38,11 @@ class TrialProgress:
     `curve` has one entry per optimizer step: `step` (from 1), `loss` (nats per trained token over the effective batch,
     before the update), `learning_rate`, `grad_norm` (before clipping), `tokens` (trained tokens of the step).
     `tokens` and `seconds` add up over all segments. `validation_loss` is in nats per trained token, and None only when
-    `interrupted`: then training was asked to stop, the checkpoint holds everything, and the same call goes on from it.
-    `optimizer` says what really ran, with any departure from the setting.
+    `interrupted` or with an `error`. Interrupted: training was asked to stop, the checkpoint holds everything, and the
+    same call goes on from it.
+    `optimizer` says what really ran, with any departure from the setting; `micro_batch_size` how many rows at a time in
+    the end. `error` says why the trial cannot go on; its neighbours in the pack did. `recoveries` are its roll-backs:
+    at which `step`, `back_to` which, the `cause`, and how many batches were skipped.
     """
 
     id: str
@@ -51,3 +54,6 @@ class TrialProgress:
     seconds: float
     optimizer: str
     interrupted: bool = False
+    error: str | None = None
+    micro_batch_size: int = 0
+    recoveries: list[dict[str, Any]] = field(default_factory=list)

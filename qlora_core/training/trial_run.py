@@ -1,10 +1,9 @@
-"""One trial in place on the base: adapter, optimizer, data order and counters, taken step by step.
+"""One trial in a slot of a pack: its rows, optimizer and counters, taken forward one micro-batch at a time.
 
-Each step depends on the trial alone: row order and dropout are drawn from (seed, step), so neither what ran before in
-the process nor a resume can change it. Knows nothing of files and of when to stop.
+Each step depends on the trial alone: row order and dropout are drawn from (seed, step), so neither the neighbours in
+the pack, nor what ran before in the process, nor a resume can change it. Knows nothing of files and of when to stop.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,36 +13,52 @@ from typing import Any
 import torch
 
 from qlora_core.data.dataset import TokenRow
-from qlora_core.errors import TrainingError
-from qlora_core.training.batches import BatchOrder, MicroBatch, collate
-from qlora_core.training.lora import AttachedAdapter
-from qlora_core.training.loss import accumulate_gradients
+from qlora_core.errors import NumericError, TrainingError
+from qlora_core.training.adapter_config import check_loadable
+from qlora_core.training.batches import BatchOrder, PackedRow, trained_tokens
+from qlora_core.training.guard import check_loss, check_norm
 from qlora_core.training.optimizer import TrialOptimizer
+from qlora_core.training.pack.factors import SlotWeights
+from qlora_core.training.pack.layout import Part
 from qlora_core.training.schedule import learning_rate, total_steps
 from qlora_core.training.trial import Trial, TrialProgress
 
 
 @dataclass
 class Counters:
-    """What a trial has behind it: part of every checkpoint."""
+    """What a trial has behind it: part of every checkpoint. `recoveries` are the guard's, see `TrialRun.recover`."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     curve: list[dict[str, Any]] = field(default_factory=list)
     scores: dict[int, float] = field(default_factory=dict)
+    recoveries: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class _OpenStep:
+    """The effective batch that is being summed up: its rows, how many are done, and their loss sums so far."""
+
+    rows: list[TokenRow]
+    tokens: int
+    done: int = 0
+    sums: list[torch.Tensor] = field(default_factory=list)
 
 
 class TrialRun:
-    """A trial that can take steps."""
+    """A trial that can take steps. `slot` is its place in the pack, `weights` the adapter there."""
 
-    def __init__(self, trial: Trial, adapter: AttachedAdapter, rows: Sequence[TokenRow]) -> None:
+    def __init__(self, trial: Trial, slot: int, weights: SlotWeights, rows: Sequence[TokenRow]) -> None:
         self.trial = trial
-        self.adapter = adapter
-        self.optimizer = TrialOptimizer(adapter.parameters, trial.params)
+        self.slot = slot
+        self.weights = weights
+        self.optimizer = TrialOptimizer(weights.flat(), trial.params)
         self.counters = Counters(scores=dict(trial.scores))
         self.total_steps = total_steps(trial.params, len(rows))
+        self.micro_batch_size = trial.params.micro_batch_size
         self._rows = rows
+        self._open: _OpenStep | None = None
         self._order = BatchOrder(
             [len(row.input_ids) for row in rows],
             trial.params.micro_batch_size * trial.params.gradient_accumulation_steps,
@@ -51,37 +66,77 @@ class TrialRun:
             group_by_length=trial.params.group_by_length,
         )
 
-    def train_step(self) -> None:
-        """Take the next optimizer step and add it to the curve.
+    def next_part(self) -> tuple[Part, int]:
+        """The rows of the next micro-batch, and the trained tokens of the whole effective batch it belongs to."""
+        if self._open is None:
+            skipped = sum(recovery["skipped_batches"] for recovery in self.counters.recoveries)
+            rows = [self._rows[index] for index in self._order.batch(self.counters.step + skipped)]
+            self._open = _OpenStep(rows, sum(trained_tokens(row) for row in rows))
+        begun = self._open
+        rows = begun.rows[begun.done : begun.done + self.micro_batch_size]
+        return Part(self.slot, rows, begun.done, self.counters.step), begun.tokens
 
-        The caller owns the random generators (see `own_generators`) and has put the adapter into train mode.
+    def take(self, loss_sum: torch.Tensor, seconds: float) -> bool:
+        """Add the loss sum (nats) of the last part, whose gradients are in the slot; True once a step was taken by it.
+
+        `seconds` is the share of time the part took.
 
         Raises:
-            TrainingError: loss or gradient norm is not finite. No weight has changed in this step then.
+            NumericError: loss or gradient norm is not finite, or the loss jumped. No weight has changed in this step.
         """
+        begun = self._open
+        if begun is None:
+            raise TrainingError(f"trial {self.trial.id} was handed a loss without a micro-batch")
+        begun.sums.append(loss_sum)
+        begun.done += self.micro_batch_size
+        self.counters.seconds += seconds
+        if begun.done < len(begun.rows):
+            return False
+        self._finish(begun)
+        return True
+
+    def drop_open_step(self) -> None:
+        """Forget the effective batch that is being summed up; the next part begins it anew."""
+        self._open = None
+        self.optimizer.drop_gradients()
+
+    def halve_micro_batch(self) -> bool:
+        """Take half as many rows at a time from here on, which changes rounding only; False at one row."""
+        self.drop_open_step()
+        if self.micro_batch_size == 1:
+            return False
+        self.micro_batch_size = -(-self.micro_batch_size // 2)
+        return True
+
+    def _finish(self, begun: _OpenStep) -> None:
         started = time.perf_counter()
         params, step = self.trial.params, self.counters.step
-        rate = learning_rate(params, step, self.total_steps)
-        batches = self._micro_batches(step)
-        tokens = sum(batch.trained_tokens for batch in batches)
-        torch.manual_seed(_dropout_seed(params.seed, step))
-        sums = accumulate_gradients(self.adapter.base, batches, tokens)
-        _check_losses(sums, batches, step + 1)
-        norm = torch.nn.utils.clip_grad_norm_(self.adapter.parameters.values(), params.max_grad_norm).item()
-        _check_norm(norm, batches, step + 1, rate)
+        rate = learning_rate(params, step, self.total_steps) * self.rate_factor
+        # Read once a step: every read waits for a GPU
+        sums = torch.stack(begun.sums).double().tolist()
+        loss = math.fsum(sums) / begun.tokens
+        check_loss(loss, [entry["loss"] for entry in self.counters.curve], params, step + 1, _ids(begun.rows))
+        norm = torch.nn.utils.clip_grad_norm_(self.weights.flat().values(), params.max_grad_norm).item()
+        check_norm(norm, step + 1, rate, _ids(begun.rows))
         self.optimizer.step(rate)
+        self._open = None
         self.counters.step += 1
-        self.counters.tokens += tokens
+        self.counters.tokens += begun.tokens
         self.counters.seconds += time.perf_counter() - started
-        self.counters.curve.append(
-            {
-                "step": self.counters.step,
-                "loss": math.fsum(sums) / tokens,
-                "learning_rate": rate,
-                "grad_norm": norm,
-                "tokens": tokens,
-            }
-        )
+        entry = {"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": begun.tokens}
+        self.counters.curve.append(entry)
+
+    @property
+    def rate_factor(self) -> float:
+        """What the schedule's rate is multiplied by: halved at every recovery."""
+        return 0.5 ** len(self.counters.recoveries)
+
+    def recover(self, fault: NumericError, back_at: Counters) -> None:
+        """Go on after a roll-back to `back_at`: at half the rate, past the batches that led to the fault."""
+        reached = self.counters.step
+        skipped = reached - back_at.step + 1
+        recovery = {"step": reached + 1, "back_to": back_at.step, "skipped_batches": skipped, "cause": str(fault)}
+        self.counters = replace(back_at, seconds=self.counters.seconds, recoveries=[*back_at.recoveries, recovery])
 
     def state(self) -> dict[str, Any]:
         """The counters as JSON data."""
@@ -92,9 +147,11 @@ class TrialRun:
             "seconds": counters.seconds,
             "curve": counters.curve,
             "scores": [{"step": step, "loss": loss} for step, loss in sorted(counters.scores.items())],
+            "recoveries": counters.recoveries,
             "optimizer": self.optimizer.description,
         }
 
+    @torch.no_grad()
     def restore(
         self, state: Mapping[str, Any], adapter: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]
     ) -> None:
@@ -103,13 +160,24 @@ class TrialRun:
         Raises:
             TrainingError: tensors that do not fit this trial.
         """
-        self.adapter.load(adapter)
+        parameters = dict(self.weights.named())
+        check_loadable(adapter, parameters)
+        for name, parameter in parameters.items():
+            parameter.copy_(adapter[name])
         self.optimizer.load_state_tensors(optimizer)
+        self.drop_open_step()
         scores = {score["step"]: score["loss"] for score in state.get("scores", ())} | dict(self.trial.scores)
-        self.counters = Counters(state["step"], state["tokens"], state["seconds"], list(state["curve"]), scores)
+        self.counters = Counters(
+            state["step"],
+            state["tokens"],
+            state["seconds"],
+            list(state["curve"]),
+            scores,
+            list(state.get("recoveries", ())),
+        )
 
-    def progress(self, validation_loss: float | None) -> TrialProgress:
-        """Where the trial stands; without a validation loss it counts as interrupted."""
+    def progress(self, validation_loss: float | None, error: str | None = None) -> TrialProgress:
+        """Where the trial stands; without a validation loss or an error it counts as interrupted."""
         counters = self.counters
         return TrialProgress(
             id=self.trial.id,
@@ -120,7 +188,10 @@ class TrialRun:
             tokens=counters.tokens,
             seconds=counters.seconds,
             optimizer=self.optimizer.description,
-            interrupted=validation_loss is None,
+            interrupted=validation_loss is None and error is None,
+            error=error,
+            micro_batch_size=self.micro_batch_size,
+            recoveries=list(counters.recoveries),
         )
 
     def progress_at(self, step: int) -> TrialProgress | None:
@@ -131,31 +202,6 @@ class TrialRun:
         tokens = sum(entry["tokens"] for entry in curve)
         return replace(self.progress(self.counters.scores[step]), step=step, curve=curve, tokens=tokens)
 
-    def _micro_batches(self, step: int) -> list[MicroBatch]:
-        rows = [self._rows[index] for index in self._order.batch(step)]
-        size = self.trial.params.micro_batch_size
-        device = self.adapter.base.device
-        return [collate(rows[start : start + size], device) for start in range(0, len(rows), size)]
 
-
-def _dropout_seed(seed: int, step: int) -> int:
-    """63 bits from (trial seed, step): dropout draws the same masks for a step however the run got there."""
-    return int.from_bytes(hashlib.sha256(f"dropout/{seed}/{step}".encode()).digest()[:8]) >> 1
-
-
-def _check_losses(sums: Sequence[float], batches: Sequence[MicroBatch], step: int) -> None:
-    for loss, batch in zip(sums, batches, strict=True):
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss of step {step} is {loss} on rows {list(batch.row_ids)}; the step was not taken. Look at "
-                "these rows, lower train.learning_rate, or use train.precision: float32"
-            )
-
-
-def _check_norm(norm: float, batches: Sequence[MicroBatch], step: int, rate: float) -> None:
-    if not math.isfinite(norm):
-        rows = [row for batch in batches for row in batch.row_ids]
-        raise TrainingError(
-            f"the gradient norm of step {step} is {norm} at learning rate {rate:g} on rows {rows}; the step was not "
-            "taken. Look at these rows, lower train.learning_rate, or use train.precision: float32"
-        )
+def _ids(rows: Sequence[TokenRow]) -> list[str]:
+    return [row_id for row in rows for row_id in (row.row_ids if isinstance(row, PackedRow) else (row.id,))]

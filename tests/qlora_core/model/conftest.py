@@ -77,15 +77,35 @@ def write_adapter(tmp_path: Path, nf4_folder: Path) -> WriteAdapter:
     """Writes a PEFT folder with random factors, made by PEFT itself."""
 
     def write(name: str = "adapter", **settings: Any) -> Path:
-        with torch.random.fork_rng():
-            torch.manual_seed(5)
-            wanted: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"], **settings}
-            lora = LoraConfig(**wanted)
-            made = get_peft_model(load_quantized(nf4_folder, device="cpu"), lora)
-            for parameter_name, parameter in made.named_parameters():
-                if "lora_B" in parameter_name:
-                    torch.nn.init.normal_(parameter, std=0.1)
-        made.save_pretrained(str(tmp_path / name))
-        return tmp_path / name
+        return _write(load_quantized(nf4_folder, device="cpu"), tmp_path / name, 5, settings)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def unlike_adapters(tmp_path_factory: pytest.TempPathFactory, nf4_folder: Path) -> dict[str, Path]:
+    """PEFT folders whose ranks, scales and targets differ. For tests that leave them as they are."""
+    settings: dict[str, dict[str, Any]] = {
+        "plain": {"lora_alpha": 6},
+        "rs": {"r": 6, "lora_alpha": 5, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "o_proj"]},
+        "wide": {"r": 3, "target_modules": "all-linear"},
+        "patterns": {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_proj": 7}},
+        "one_layer": {"r": 1, "layers_to_transform": [1]},
+    }
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        name: _write(load_quantized(nf4_folder, device="cpu"), folder / name, seed, own)
+        for seed, (name, own) in enumerate(settings.items())
+    }
+
+
+def _write(base: PreTrainedModel, folder: Path, seed: int, settings: dict[str, Any]) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        wanted: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"], **settings}
+        made = get_peft_model(base, LoraConfig(**wanted))
+        for parameter_name, parameter in made.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    made.save_pretrained(str(folder))
+    return folder

@@ -99,9 +99,11 @@ def test_tensors_that_do_not_fit_are_named(
     ("changes", "complaint"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "lora_magnitude_vector"),
         ({"bias": "all"}, "'bias': 'all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"init_lora_weights": "pissa"}, "'init_lora_weights': 'pissa'"),
         ({"target_modules": ["query"]}, "name no module of this base"),
         ({"target_modules": ["embed_tokens"]}, "targets model.embed_tokens, a Embedding"),
         ({"r": 8}, r"has shape \[4, 96\].* need \[8, 96\]"),

@@ -1,16 +1,40 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from peft import PeftModel
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from qlora_core.errors import ModelError
+from qlora_core.model.adapter import attach_adapter
+from qlora_core.model.adapter_set import AdapterSet, NamedAdapter, attached_adapters
 from qlora_core.model.base import load_plain, load_quantized
 from qlora_core.model.generate import generate_answers
 
 PROMPTS = ["<s>Hi", "<s>A much longer prompt than that", "<s>x", "<s>Tell me", "<s>0123456789", "<s>zzzz"]
 NEVER = 2  # </s>
+OTHER_KINDS: dict[str, Callable[[], PreTrainedModel]] = {
+    "sliding-window": lambda: MistralForCausalLM(
+        MistralConfig(
+            vocab_size=98, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, sliding_window=6, initializer_range=0.4,
+        )
+    ),
+    "learned-positions": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=98, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.4)
+    ),
+}  # fmt: skip
 
 
 def by_hand(model: PreTrainedModel, ids: list[int], new_tokens: int) -> list[int]:
@@ -23,10 +47,23 @@ def by_hand(model: PreTrainedModel, ids: list[int], new_tokens: int) -> list[int
     return continuation
 
 
+def continuations_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Twelve tokens by hand after each of PROMPTS."""
+    return [by_hand(model, tokenizer(prompt, add_special_tokens=False)["input_ids"], 12) for prompt in PROMPTS]
+
+
+def often_met(continuations: list[list[int]]) -> int:
+    """The token that stops these at the most different places."""
+    return max(range(3, 98), key=lambda token: len({ids.index(token) for ids in continuations if token in ids}))
+
+
 def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], **changes: int
+    model: PreTrainedModel | PeftModel | AdapterSet,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    **changes: Any,
 ) -> list[str]:
-    settings = {"max_new_tokens": 12, "batch_size": 3, "stop_token_id": NEVER, **changes}
+    settings: dict[str, Any] = {"max_new_tokens": 12, "batch_size": 3, "stop_token_id": NEVER, **changes}
     return generate_answers(model, tokenizer, prompts, **settings)
 
 
@@ -94,6 +131,81 @@ def test_prompt_that_leaves_no_room_is_named(shared_model: PreTrainedModel, toke
 
 def test_no_prompts_give_no_answers(shared_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     assert answers(shared_model, tokenizer, []) == []
+
+
+@pytest.mark.parametrize("stop", [NEVER, 40])
+def test_each_prompt_is_answered_as_by_its_adapter_alone(
+    model: PreTrainedModel,
+    nf4_folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    unlike_adapters: dict[str, Path],
+    stop: int,
+) -> None:
+    systems = [None, *unlike_adapters]
+    prompts = PROMPTS[:4]
+    asked = [(prompt, system) for prompt in prompts for system in systems]
+    with attached_adapters(model, [NamedAdapter(*item) for item in unlike_adapters.items()]) as adapters:
+        mixed = {
+            batch_size: answers(
+                adapters,
+                tokenizer,
+                [prompt for prompt, _ in asked],
+                adapters=[system for _, system in asked],
+                batch_size=batch_size,
+                stop_token_id=stop,
+            )
+            for batch_size in (5, 24)
+        }
+    assert mixed[5] == mixed[24]
+    seen = set()
+    for system in systems:
+        alone = load_quantized(nf4_folder, device="cpu")
+        stock = alone if system is None else attach_adapter(alone, unlike_adapters[system])
+        expected = answers(stock, tokenizer, prompts, batch_size=1, stop_token_id=stop)
+        assert [answer for answer, (_, by) in zip(mixed[5], asked, strict=True) if by == system] == expected
+        seen.add(tuple(expected))
+    assert len(seen) == len(systems)  # no two systems answer alike, so none stands in for another
+
+
+def test_stopped_rows_cost_no_more_steps(shared_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A row is in a step for each of its tokens and for the stop token that ends it, and in no other."""
+    continuations = continuations_of(shared_model, tokenizer)
+    for stop in (often_met(continuations), -1):
+        given: list[int] = []
+        embedding = shared_model.get_input_embeddings()
+        hook = embedding.register_forward_hook(lambda _, args, y, given=given: given.append(len(args[0])))
+        answers(shared_model, tokenizer, PROMPTS, batch_size=len(PROMPTS), stop_token_id=stop)
+        hook.remove()
+        needed = [ids.index(stop) + 1 if stop in ids else 12 for ids in continuations]
+        assert sum(given) == sum(needed)
+        assert (stop == -1) == (sum(needed) == 12 * len(PROMPTS))
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_rows_that_go_on_are_not_disturbed_by_those_that_leave(tokenizer: PreTrainedTokenizerFast, kind: str) -> None:
+    """Other caches and positions than Llama's: each answer is as by hand, while rows leave at different steps."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = OTHER_KINDS[kind]().eval()
+    continuations = continuations_of(model, tokenizer)
+    stop = often_met(continuations)
+    whole = [ids[: ids.index(stop)] if stop in ids else ids for ids in continuations]
+    expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in whole]
+    assert len({len(ids) for ids in whole}) > 2
+    assert answers(model, tokenizer, PROMPTS, batch_size=6, stop_token_id=stop) == expected
+
+
+def test_adapters_that_cannot_be_given_are_refused(
+    shared_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, unlike_adapters: dict[str, Path]
+) -> None:
+    with pytest.raises(ModelError, match="only for an AdapterSet"):
+        answers(shared_model, tokenizer, PROMPTS, adapters=[None] * len(PROMPTS))
+    with attached_adapters(shared_model, [NamedAdapter("rs", unlike_adapters["rs"])]) as adapters:
+        with pytest.raises(ModelError, match="1 adapters are named for 6 rows"):
+            answers(adapters, tokenizer, PROMPTS, adapters=["rs"])
+        with pytest.raises(ModelError, match="no adapter is named 'champion' here; there are rs"):
+            answers(adapters, tokenizer, ["<s>Hi"], adapters=["champion"])
+        assert answers(adapters, tokenizer, PROMPTS) == answers(shared_model, tokenizer, PROMPTS)
 
 
 @pytest.mark.integration

@@ -1,11 +1,14 @@
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from qlora_core.errors import ModelError
+from qlora_core.model.adapter import attach_adapter
+from qlora_core.model.adapter_set import NamedAdapter, attached_adapters
 from qlora_core.model.loss import sequence_losses
 
 
@@ -79,3 +82,16 @@ def test_mask_of_another_length_is_refused(shared_model: PreTrainedModel) -> Non
 def test_batch_size_below_one_is_refused(shared_model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="at least 1, not 0"):
         sequence_losses(shared_model, rows_of([3]), batch_size=0)
+
+
+def test_each_row_is_scored_under_its_own_adapter(
+    model: PreTrainedModel, shared_model: PreTrainedModel, unlike_adapters: dict[str, Path]
+) -> None:
+    rows = rows_of([9, 9, 9])
+    with attached_adapters(model, [NamedAdapter(name, unlike_adapters[name]) for name in ("rs", "wide")]) as adapters:
+        found = sequence_losses(adapters, rows, batch_size=2, adapters=["wide", None, "rs"])
+    alone = attach_adapter(model, unlike_adapters["wide"])
+    assert found[0] == (pytest.approx(sequence_losses(alone, rows[:1], batch_size=1)[0][0], rel=2e-6), found[0][1])
+    assert found[1] == (pytest.approx(reference(shared_model, rows[1])[0], rel=2e-6), found[1][1])
+    base = reference(shared_model, rows[2])[0]
+    assert found[2][0] != pytest.approx(base, rel=1e-3)

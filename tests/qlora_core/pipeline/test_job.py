@@ -34,3 +34,10 @@ def test_missing_template_is_found_before_any_work(tmp_path: Path) -> None:
     config = load_config(demo_config(tmp_path, "rows.json"), ["data.chat_template=absent.jinja"])
     with pytest.raises(QloraError, match=r"absent\.jinja"):
         Job(config).check_inputs()
+
+
+def test_missing_quality_text_is_found_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text("[]")
+    config = load_config(demo_config(tmp_path, "rows.json"), ["quantize.quality_text=absent.txt"])
+    with pytest.raises(QloraError, match=r"quantize\.quality_text: no such file .*absent\.txt"):
+        Job(config).check_inputs()

@@ -71,6 +71,7 @@ FIELDS: dict[str, tuple[Any, str | None]] = {
     "quantize.blocksize": (128, "quantize"),
     "quantize.double_quant": (False, "quantize"),
     "quantize.skip_modules": (["lm_head", "q_proj"], "quantize"),
+    "quantize.quality_text": ("text.txt", "quantize"),
     "train.lora_rank": (8, "sweep"),
     "train.lora_alpha": (32.0, "sweep"),
     "train.lora_dropout": (0.0, "sweep"),
@@ -136,6 +137,8 @@ FIELDS: dict[str, tuple[Any, str | None]] = {
     "compute.workers": (2, None),
     "compute.ray_address": ("auto", None),
     "compute.work_dir": ("elsewhere", None),
+    "compute.residency": ("scratch", None),
+    "compute.layer_residency": ({"*.q_proj": "dense"}, None),
     "compute.worker_start_timeout_s": (9.0, None),
 }
 AFTER = {
@@ -185,6 +188,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory, make_project: Callable[[Pat
     (folder / "earlier").mkdir()
     (folder / "earlier" / "curation.json").write_text('{"digest": "1"}')
     (folder / "template.jinja").write_text("{{ messages }}")
+    (folder / "text.txt").write_text("A text.")
     shutil.copytree(tiny_base, folder / "other-base")
     other = json.loads((folder / "other-base" / "config.json").read_text())
     (folder / "other-base" / "config.json").write_text(json.dumps({**other, "rope_theta": 1.0}))
@@ -212,6 +216,17 @@ def test_changed_training_row_reruns_curation_but_not_quantization(filled: Path,
     rows[0]["output"] = "something else"
     (moved / "data" / "rows.json").write_text(json.dumps(rows))
     assert stale(load_config(moved / "pipeline.yaml")) == AFTER["curate"]
+
+
+def test_quality_text_counts_by_content_and_not_by_name(filled: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(filled.parent, moved)
+    (moved / "renamed.txt").write_text("A text.")
+    config = load_config(moved / "pipeline.yaml", ["quantize.quality_text=text.txt"])
+    fill(Pipeline(config))
+    assert stale(load_config(moved / "pipeline.yaml", ["quantize.quality_text=renamed.txt"])) == set()
+    (moved / "text.txt").write_text("Another text.")
+    assert stale(config) == AFTER["quantize"]
 
 
 def test_order_of_sources_reruns_curation(filled: Path) -> None:

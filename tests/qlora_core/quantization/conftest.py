@@ -49,17 +49,24 @@ def llama(*, seed: int = 7, tied: bool = False, hidden: int = 64, intermediate: 
         )
 
 
+def write_llama(folder: Path, *, dtype: torch.dtype = torch.float32, shard_size: str = "1GB", **settings: Any) -> Path:
+    model: Any = llama(**settings)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    save_tokenizer(folder)
+    return folder
+
+
 @pytest.fixture
 def make_llama(tmp_path: Path) -> MakeLlama:
     """Writes a float32 (or other) checkpoint folder, in shards where a shard size is given."""
 
-    def make(
-        name: str = "base", *, dtype: torch.dtype = torch.float32, shard_size: str = "1GB", **settings: Any
-    ) -> Path:
-        folder = tmp_path / name
-        model: Any = llama(**settings)
-        model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
-        save_tokenizer(folder)
-        return folder
+    def make(name: str = "base", **settings: Any) -> Path:
+        return write_llama(tmp_path / name, **settings)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def shared_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One such folder for the tests of a module, which leave it as it is."""
+    return write_llama(tmp_path_factory.mktemp("models") / "shared")

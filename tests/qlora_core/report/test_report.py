@@ -347,3 +347,20 @@ def test_text_that_curation_found_is_escaped_and_drawn_as_it_stands(tmp_path: Pa
 
     assert "<script" not in html
     assert html.count("&lt;script&gt;alert(") >= 3
+
+
+def test_cost_of_four_bits_is_shown_where_it_was_measured(tmp_path: Path, run: dict[str, Any]) -> None:
+    assert "What it costs" not in page(tmp_path, run)
+    difference = {"value": 0.4231, "low": 0.3131, "high": 0.5415}
+    row = {"type": "nf4", "label": "NF4", "double_quant": True, "stored": True, "bits_per_parameter": 4.127,
+           "relative_l2": 0.09, "zeroed": 0.09, "perplexity": 3.9713, "perplexity_difference": difference}  # fmt: skip
+    quality = {
+        "text": {"file": ATTACK, "tokens": 1804},
+        "full_precision": {"perplexity": 3.5482},
+        "quantized": {"perplexity": 3.9713, "perplexity_difference": difference},
+        "formats": [row, {**row, "label": "Int4", "stored": False}],
+    }
+    html = page(tmp_path, {**run, "quality": quality})
+    assert "perplexity goes from 3.5482 to 3.9713: +0.4231 (0.3131 to 0.5415)" in text_of(html)
+    assert "NF4 (stored)" in text_of(html)
+    assert "script" not in read(html).tags

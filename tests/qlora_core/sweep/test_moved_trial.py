@@ -142,8 +142,8 @@ def test_worker_elsewhere_trains_on_and_exports_what_the_first_one_stopped_at(
         made.load()
         return made
 
-    assert worker("a").run(ORDER, 5)["step"] == 5
-    elsewhere = worker("b").run(ORDER, STEPS)
+    assert worker("a").run([ORDER], [5])[0]["step"] == 5
+    (elsewhere,) = worker("b").run([ORDER], [STEPS])
     assert (elsewhere["curve"], elsewhere["validation_loss"]) == (straight[0].curve, straight[0].validation_loss)
     assert weights(tmp_path / "b") == straight[1]
     assert worker("c").export(ORDER, str(tmp_path / "out")) == {"precision": "float32"}
@@ -174,9 +174,9 @@ def test_newest_checkpoint_wins_wherever_it_is(
 def test_checkpoint_tells_how_the_trial_stood_at_earlier_rungs(quantized: Path, curated: Path, tmp_path: Path) -> None:
     worker = SweepWorker(str(quantized), str(curated), str(tmp_path / "a"), "float32", kept_in(tmp_path / "store"))
     worker.load()
-    first = worker.run({**ORDER, "rungs": []}, 2)
+    (first,) = worker.run([{**ORDER, "rungs": []}], [2])
     rungs = [{"step": 2, "loss": first["validation_loss"]}]
-    second = worker.run({**ORDER, "rungs": rungs}, 4)
+    (second,) = worker.run([{**ORDER, "rungs": rungs}], [4])
     assert second["validation_loss"] != first["validation_loss"]
     # A driver elsewhere has an empty study, and asks for everything from the beginning.
     elsewhere = SweepWorker(str(quantized), str(curated), str(tmp_path / "b"), "float32", kept_in(tmp_path / "store"))
@@ -185,10 +185,10 @@ def test_checkpoint_tells_how_the_trial_stood_at_earlier_rungs(quantized: Path, 
     def facts(progress: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in progress.items() if name != "seconds"}
 
-    assert facts(elsewhere.run({**ORDER, "rungs": []}, 2)) == facts(first)
-    assert facts(elsewhere.run({**ORDER, "rungs": rungs}, 4)) == facts(second)
+    assert facts(elsewhere.run([{**ORDER, "rungs": []}], [2])[0]) == facts(first)
+    assert facts(elsewhere.run([{**ORDER, "rungs": rungs}], [4])[0]) == facts(second)
     # Negative control: where it is not known, the answer is where the trial stands.
-    assert elsewhere.run({**ORDER, "rungs": []}, 3)["step"] == 4
+    assert elsewhere.run([{**ORDER, "rungs": []}], [3])[0]["step"] == 4
 
 
 def test_kept_checkpoint_of_other_settings_is_not_used_and_replaced(

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,11 @@ class ToyWorker:
         (self._trials_dir / f"{os.getpid()}.pid").touch()
         return {"pid": os.getpid()}
 
-    def run(self, trial: Mapping[str, Any], until_step: int) -> dict[str, Any]:
-        """Train as SweepWorker.run does."""
+    def run(self, trials: Sequence[Mapping[str, Any]], until_steps: Sequence[int]) -> list[dict[str, Any]]:
+        """Train as SweepWorker.run does, one trial of the pack after the other."""
+        return [self._run_one(trial, until) for trial, until in zip(trials, until_steps, strict=True)]
+
+    def _run_one(self, trial: Mapping[str, Any], until_step: int) -> dict[str, Any]:
         checkpoint = self._trials_dir / f"{trial['id']}.json"
         state = json.loads(checkpoint.read_text()) if checkpoint.exists() else {"step": 0, "loss": 4.0, "curve": []}
         while state["step"] < until_step and not self._stop.is_set():
@@ -113,6 +116,7 @@ def toy_sweep(
     faults: Mapping[str, Mapping[str, Any]] | None = None,
     step_seconds: float = 0.0,
     sweep: SweepConfig = SWEEP,
+    pack_size: int = 1,
 ) -> list[TrialRecord]:
     """A whole sweep of toy trials, inside a Ray connection."""
     arguments = {"trials_dir": str(work_dir / "trials"), "faults": dict(faults or {}), "step_seconds": step_seconds}
@@ -120,7 +124,7 @@ def toy_sweep(
         open_study(work_dir / "study.db", sweep, TRAIN, {}) as study,
         Cluster(ToyWorker, arguments, ComputeConfig(workers=workers), most=4) as cluster,
     ):
-        return SweepDriver(study, sweep, TRAIN, length_of, None).run(cluster)
+        return SweepDriver(study, sweep, TRAIN, length_of, None, pack_size=pack_size).run(cluster)
 
 
 if __name__ == "__main__":

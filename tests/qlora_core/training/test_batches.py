@@ -2,10 +2,8 @@
 
 from collections.abc import Callable
 
-import torch
-
 from qlora_core.data.dataset import TokenRow
-from qlora_core.training.batches import IGNORE_INDEX, BatchOrder, collate
+from qlora_core.training.batches import BatchOrder, labels_of, trained_tokens
 
 LENGTHS = [(7 * index) % 23 + 2 for index in range(101)]
 
@@ -53,21 +51,13 @@ def test_fewer_rows_than_a_batch_are_one_batch() -> None:
     assert order.batch(5) == [1, 2, 0]
 
 
-def test_collate_shifts_labels_and_masks_padding_on_the_right() -> None:
-    long = TokenRow("a", [5, 6, 7, 8], [False, False, True, True])
-    short = TokenRow("b", [9, 3], [True, True])
-    batch = collate([long, short], torch.device("cpu"))
-    assert batch.row_ids == ("a", "b")
-    assert batch.input_ids_BT.tolist() == [[5, 6, 7, 8], [9, 3, 0, 0]]
-    assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    # Row b's first token is marked as trained, but nothing comes before it to predict it from
-    assert batch.labels_BT.tolist() == [
-        [IGNORE_INDEX, 7, 8, IGNORE_INDEX],
-        [3, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX],
-    ]
-    assert batch.trained_tokens == 3
+def test_labels_are_the_next_tokens_of_trained_positions() -> None:
+    assert labels_of(TokenRow("a", [5, 6, 7, 8], [False, False, True, True])) == [(1, 7), (2, 8)]
+    # The first token is marked as trained, but nothing comes before it to predict it from
+    assert labels_of(TokenRow("b", [9, 3], [True, True])) == [(0, 3)]
+    assert labels_of(TokenRow("c", [9, 3], [True, False])) == []
 
 
-def test_collate_counts_the_labels_it_makes(rows: Callable[..., list[TokenRow]]) -> None:
-    batch = collate(rows(9, seed=4), torch.device("cpu"))
-    assert batch.trained_tokens == int((batch.labels_BT != IGNORE_INDEX).sum())
+def test_trained_tokens_counts_the_labels(rows: Callable[..., list[TokenRow]]) -> None:
+    for row in rows(9, seed=4):
+        assert trained_tokens(row) == len(labels_of(row))

@@ -79,7 +79,11 @@ def test_float32_optimizers_stay_near_the_float64_reference(optimizer: str, name
     assert (parameters[name].double() - _adamw_by_hand(20)[name]).abs().max().item() < tolerance
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+# Plain SGD has no state
+STATEFUL = [name for name in OPTIMIZERS if name != "sgd"]
+
+
+@pytest.mark.parametrize("optimizer", STATEFUL)
 def test_restored_state_continues_bit_for_bit(optimizer: str) -> None:
     straight = _parameters()
     _train(TrialOptimizer(straight, _config(optimizer)), straight, range(7))
@@ -98,7 +102,7 @@ def test_restored_state_continues_bit_for_bit(optimizer: str) -> None:
     assert not torch.equal(forgetful["large"], straight["large"])
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", STATEFUL)
 def test_state_of_another_trial_is_refused(optimizer: str) -> None:
     parameters = _parameters()
     trained = TrialOptimizer(parameters, _config(optimizer))

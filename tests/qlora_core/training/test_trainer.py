@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,7 +39,14 @@ def trainer(
 
 def _run(trainer: Trainer, trial: Trial, until_step: int | None = None, **settings: Any) -> TrialProgress:
     (progress,) = trainer.run([trial], until_step, **settings)
+    assert progress.error is None
     return progress
+
+
+def _error(trainer: Trainer, trial: Trial) -> str:
+    (progress,) = trainer.run([trial], None)
+    assert progress.error is not None and progress.validation_loss is None and not progress.interrupted
+    return progress.error
 
 
 def _weights(folder: Path, trial: Trial) -> dict[str, torch.Tensor]:
@@ -130,29 +138,31 @@ def test_two_segments_are_one_run_bit_for_bit(
     assert _equal(_weights(tmp_path / "rungs", one), _weights(tmp_path / "straight", one))
 
 
-@pytest.mark.parametrize("polls", [0, 1, 4, 6])
-def test_a_stop_is_answered_at_the_next_step_and_loses_nothing(
+@pytest.mark.parametrize("polls", [0, 1, 4, 7])
+def test_a_stop_is_answered_before_the_next_pass_and_loses_nothing(
     trainer: Callable[[str], Trainer], trial: Trials, tmp_path: Path, polls: int
 ) -> None:
     straight = _run(trainer("straight"), trial())
     stopped = _run(trainer("stopped"), trial(), should_stop=_stop_after(polls))
     assert stopped.interrupted and stopped.validation_loss is None
-    assert stopped.step == polls
+    assert stopped.step == polls // 2  # two passes are a step; a half one is taken anew
     newest = newest_checkpoint(tmp_path / "stopped" / "t000")
-    assert (newest.step if newest else 0) == polls
+    assert (newest.step if newest else 0) == polls // 2
     resumed = _run(trainer("stopped"), trial())
     assert not resumed.interrupted
     assert resumed.curve == straight.curve
     assert _equal(_weights(tmp_path / "stopped", trial()), _weights(tmp_path / "straight", trial()))
 
 
-def test_a_stop_leaves_the_rest_of_the_pack_untouched(
+def test_a_stop_checkpoints_the_whole_pack_at_whole_steps(
     trainer: Callable[[str], Trainer], trial: Trials, tmp_path: Path
 ) -> None:
-    first, second = trainer("a").run([trial("first"), trial("second")], None, _stop_after(3))
-    assert (first.step, second.step) == (3, 0)
+    pack = [trial("first"), trial("second", gradient_accumulation_steps=1, micro_batch_size=6)]
+    first, second = trainer("a").run(pack, None, _stop_after(5))
+    assert (first.step, second.step) == (2, 5)  # the first sums two passes for a step; its third was half done
     assert first.interrupted and second.interrupted
-    assert not (tmp_path / "a" / "second").exists()
+    newest = [newest_checkpoint(tmp_path / "a" / one.id) for one in pack]
+    assert [checkpoint.step for checkpoint in newest if checkpoint] == [2, 5]
 
 
 def test_resume_after_the_newest_checkpoint_is_damaged_gives_the_same_adapter(
@@ -177,16 +187,15 @@ def test_a_finished_trial_is_only_scored_again(trainer: Callable[[str], Trainer]
     assert again.seconds == first.seconds
 
 
-def test_a_trial_does_not_depend_on_its_pack_or_on_what_ran_before(
+def test_a_trial_does_not_depend_on_what_ran_before(
     trainer: Callable[[str], Trainer], trial: Trials, tmp_path: Path
 ) -> None:
     alone = _run(trainer("alone"), trial("mine"))
+    again = trainer("again")
     torch.manual_seed(99)
-    others = [trial("x", lora_rank=16, learning_rate=1e-2, seed=1), trial("y", lora_dropout=0.5, micro_batch_size=1)]
-    pack = trainer("pack").run([others[0], trial("mine"), others[1]], None)
-    assert [progress.id for progress in pack] == ["x", "mine", "y"]
-    assert pack[1].curve == alone.curve
-    assert _equal(_weights(tmp_path / "pack", trial("mine")), _weights(tmp_path / "alone", trial("mine")))
+    again.run([trial("x", lora_rank=16, learning_rate=1e-2, seed=1), trial("y", micro_batch_size=1)], None)
+    assert _run(again, trial("mine")).curve == alone.curve
+    assert _equal(_weights(tmp_path / "again", trial("mine")), _weights(tmp_path / "alone", trial("mine")))
 
 
 def test_the_seed_matters(trainer: Callable[[str], Trainer], trial: Trials) -> None:
@@ -276,8 +285,7 @@ def test_a_weight_that_is_not_finite_stops_the_step_and_names_rows(
     bad = TokenRow("the-bad-row", [1, poisoned, 3, 4], [False, False, True, True])
     trainer = Trainer(base, [*clean, bad], clean, tmp_path)
     one = trial(max_steps=9, checkpoint_every_steps=1, micro_batch_size=2, gradient_accumulation_steps=1)
-    with pytest.raises(TrainingError, match=r"the loss of step \d+ is nan on rows .*the-bad-row"):
-        trainer.run([one], None)
+    assert re.search(r"the loss of step \d+ is nan on rows .*the-bad-row", _error(trainer, one))
     newest = newest_checkpoint(tmp_path / "t000")
     if newest is not None:
         assert all(torch.isfinite(tensor).all() for tensor in newest.adapter().values())
@@ -293,12 +301,14 @@ def test_gradients_that_are_not_finite_stop_the_step(
         lambda module, inputs, outputs: (inputs[0] * float("inf"),)
     )
     try:
-        with pytest.raises(TrainingError, match=r"the gradient norm of step 1 is (nan|inf) at learning rate"):
-            _run(trainer("a"), trial())
+        assert re.search(
+            r"the gradient norm of step 1 is (nan|inf) at learning rate", _error(trainer("a"), trial(max_steps=3))
+        )
     finally:
         handle.remove()
-    assert newest_checkpoint(tmp_path / "a" / "t000") is None
-    assert _run(trainer("a"), trial()).step == 8
+    newest = newest_checkpoint(tmp_path / "a" / "t000")
+    assert newest is not None and newest.step == 0  # the roll-backs, and no step
+    assert _run(trainer("b"), trial()).step == 8
 
 
 def test_gradients_are_clipped_to_the_setting(trainer: Callable[[str], Trainer], trial: Trials) -> None:
@@ -357,22 +367,21 @@ def test_a_checkpoint_of_other_settings_is_refused(
     trainer: Callable[[str], Trainer], trial: Trials, changed: dict[str, Any], message: str
 ) -> None:
     _run(trainer("a"), trial(), 2)
-    with pytest.raises(TrainingError, match=message):
-        _run(trainer("a"), trial(**changed))
+    assert message in _error(trainer("a"), trial(**changed))
 
 
 def test_a_checkpoint_of_other_data_or_another_base_is_refused(
     trainer: Callable[[str], Trainer], trial: Trials, nf4_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
     _run(trainer("a"), trial(), 2)
-    with pytest.raises(TrainingError, match="belongs to another training: training data is"):
-        _run(Trainer(load_quantized(nf4_folder), rows(26, seed=77), rows(2), tmp_path / "a"), trial())
+    others = Trainer(load_quantized(nf4_folder), rows(26, seed=77), rows(2), tmp_path / "a")
+    assert "belongs to another training: training data is" in _error(others, trial())
     other = load_quantized(nf4_folder)
     with torch.no_grad():
         other.get_parameter("model.norm.weight")[0] += 0.5
     train = rows(26, seed=1)
-    with pytest.raises(TrainingError, match="belongs to another training: base model is"):
-        _run(Trainer(other, train, rows(2), tmp_path / "a"), trial())
+    others = Trainer(other, train, rows(2), tmp_path / "a")
+    assert "belongs to another training: base model is" in _error(others, trial())
 
 
 def test_checkpoint_interval_may_change_between_segments(trainer: Callable[[str], Trainer], trial: Trials) -> None:
@@ -384,8 +393,8 @@ def test_checkpoint_interval_may_change_between_segments(trainer: Callable[[str]
 def test_a_base_in_another_precision_than_asked_for_is_refused(
     trainer: Callable[[str], Trainer], trial: Trials
 ) -> None:
-    with pytest.raises(TrainingError, match=r"precision bfloat16, but the base is loaded in torch.float32"):
-        _run(trainer("a"), trial(precision="bfloat16"))
+    message = _error(trainer("a"), trial(precision="bfloat16"))
+    assert "precision bfloat16, but the base is loaded in torch.float32" in message
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "a b"])

@@ -1,0 +1,1 @@
+"""How a stored 4-bit layer executes: dense, through a shared scratch buffer, or by bitsandbytes' own kernels."""

@@ -1,0 +1,59 @@
+"""A sweep that cannot fit is refused before a worker starts; one that can is planned from its largest trial."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_core.config.compute import ComputeConfig
+from qlora_core.config.sweep import SweepConfig
+from qlora_core.config.train import TrainConfig
+from qlora_core.errors import DataError, TrainingError
+from qlora_core.sweep.memory_check import check_memory, execution_settings, largest_trial, longest_rows, stored_format
+from qlora_core.sweep.run import SweepWork, run_sweep
+
+TRAIN = TrainConfig(lora_rank=4, micro_batch_size=2, max_steps=2)
+
+
+def test_largest_trial_takes_the_worst_of_every_setting() -> None:
+    space: dict[str, Any] = {
+        "lora_rank": [8, 64, 16],
+        "micro_batch_size": {"low": 1, "high": 8},
+        "optimizer": ["paged_adamw_8bit", "lion"],
+        "gradient_checkpointing": [True, False],
+        "target_modules": [["q_proj"], "all-linear"],
+        "learning_rate": [1e-3],
+    }
+    largest = largest_trial(SweepConfig(method="random", space=space), TRAIN)
+    assert (largest.lora_rank, largest.micro_batch_size, largest.optimizer) == (64, 8, "lion")
+    assert largest.gradient_checkpointing is False
+    assert largest.target_modules == "all-linear"
+    assert largest_trial(SweepConfig(), TRAIN) == TRAIN
+
+
+def test_sweep_that_fits_is_planned(quantized: Path, curated: Path) -> None:
+    plan = check_memory(SweepConfig(), TRAIN, ComputeConfig(workers=1), quantized, curated, most_workers=4)
+    assert plan is not None
+    assert plan.fits
+    assert plan.residency == "dense"
+    assert execution_settings(ComputeConfig(), plan)["residency"] == "auto"
+    assert stored_format(quantized).blocksize == 64
+
+
+def test_sweep_that_cannot_fit_is_refused_before_it_starts(quantized: Path, curated: Path, tmp_path: Path) -> None:
+    huge = TRAIN.model_copy(update={"micro_batch_size": 10**9})
+    work = SweepWork(quantized, curated, tmp_path / "work", {})
+    with pytest.raises(TrainingError, match=r"needs \d+ bytes .* set train\.micro_batch_size: \d+ with"):
+        run_sweep(SweepConfig(), huge, ComputeConfig(workers=1), work, tmp_path / "out")
+    assert not work.study_file.exists()
+
+
+def test_workers_elsewhere_are_not_judged_by_this_machine(quantized: Path, curated: Path) -> None:
+    huge = TRAIN.model_copy(update={"micro_batch_size": 10**9})
+    elsewhere = ComputeConfig(ray_address="ray://elsewhere:10001")
+    assert check_memory(SweepConfig(), huge, elsewhere, quantized, curated, most_workers=4) is None
+
+
+def test_longest_rows_of_no_curated_set(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="curated set"):
+        longest_rows(tmp_path)
