@@ -154,7 +154,7 @@ def _sweep_key(job: Job, inputs: Manifests) -> StageKey:
         "train": job.section("train", without=frozenset({"checkpoint_every_steps"})),
         "sweep": job.section("sweep", without=frozenset({"max_attempts"})),
     }
-    return StageKey("sweep", "1", settings, {name: inputs[name].digest for name in ("curate", "quantize")})
+    return StageKey("sweep", "2", settings, {name: inputs[name].digest for name in ("curate", "quantize")})
 
 
 def _build_sweep(job: Job, inputs: Inputs, out: Path) -> None:

@@ -95,10 +95,12 @@ def save_checkpoint(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_stage(stage, step, adapter, optimizer, state)
-        if final.exists():
-            _set_aside(final, "it was written again")
+        replaced = folder / f"{_STAGING}replaced-{step:08d}"
+        if final.exists():  # a roll-back to this step writes it again, with the roll-back in it
+            final.rename(replaced)
         stage.rename(final)
         _flush_folder(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
         _delete_old(folder, best_step)
     except (OSError, SafetensorError) as error:  # safetensors wraps the disk's errors in its own
         shutil.rmtree(stage, ignore_errors=True)

@@ -91,7 +91,7 @@ class Trainer:
 
         A trial goes on from its newest valid checkpoint. One that is already there or further is only scored; how it
         stood at `until_step` comes back instead where a further checkpoint knows that. `should_stop` is asked before
-        every pass: once true, every trial is checkpointed at its last whole step and comes back as `interrupted`, to be
+        every step: once true, every trial is checkpointed at its last whole step and comes back as `interrupted`, to be
         taken up by the same call later. Results are in the order of `trials`.
 
         A trial that cannot go on comes back with its `error`, and the others go on: a loss or gradient that is not
@@ -209,7 +209,7 @@ class _Segment:
         ):
             advance(sum(run.counters.step for run in self._runs.values()))
             while going := self._going():
-                if should_stop():
+                if any(run.between_steps for run in going) and should_stop():
                     self._interrupted = True
                     break
                 for run, fault in train_pass(self._trainer._pack, going):

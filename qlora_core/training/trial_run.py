@@ -66,6 +66,11 @@ class TrialRun:
             group_by_length=trial.params.group_by_length,
         )
 
+    @property
+    def between_steps(self) -> bool:
+        """Whether the next micro-batch begins an effective batch."""
+        return self._open is None
+
     def next_part(self) -> tuple[Part, int]:
         """The rows of the next micro-batch, and the trained tokens of the whole effective batch it belongs to."""
         if self._open is None:

@@ -2,22 +2,17 @@
 
 import json
 import math
-import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import boto3
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -34,10 +29,6 @@ from qlora_core.quantization.blockwise import quantize_tensor
 from qlora_core.quantization.checkpoint import read_safetensors_header, read_tensors, weight_files
 from qlora_core.quantization.publish import quantize_folder
 from qlora_core.quantization.quantize import quantize_checkpoint
-from qlora_core.quantization.safetensors_file import StreamedFile, digest_tensor, read_back
-from qlora_core.quantization.tensor_source import LocalSource, open_stored_checkpoint
-from qlora_core.store.artifact import StageKey
-from qlora_core.store.store import open_store
 
 MakeLlama = Callable[..., Path]
 SMALL_SHARDS = QuantizeConfig(max_shard_bytes=1_000_000)
@@ -301,16 +292,6 @@ def test_bit_flip_in_the_header_is_refused_or_harmless(make_llama: MakeLlama, tm
     refused(path.parent, tmp_path, "truncated or damaged|lacks|has no place|holds no")
 
 
-def test_file_cut_while_it_is_read_is_an_error_and_no_crash(make_llama: MakeLlama) -> None:
-    folder = make_llama()
-    source = LocalSource(folder)
-    path = folder / "model.safetensors"
-    os.truncate(path, path.stat().st_size // 4)
-    with pytest.raises(ModelError, match="cut while it was read"):
-        for name in source.tensors:
-            source.read(name)
-
-
 def test_missing_shard_pickle_dtype_architecture_and_quantized_base_are_refused(
     make_llama: MakeLlama, tmp_path: Path
 ) -> None:
@@ -356,94 +337,6 @@ def test_full_disk_is_a_store_error_and_the_same_call_goes_on(make_llama: MakeLl
     assert not (tmp_path / "out").exists()
     assert quantize_folder(source, tmp_path / "out", SMALL_SHARDS)["shards"] > 2
     assert not list(tmp_path.glob(".out-*"))
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_no_space_left_is_an_os_error_of_the_writer() -> None:
-    with pytest.raises(OSError, match="No space left"), StreamedFile(Path("/dev/full"), ["a"]) as file:
-        file.add("a", torch.zeros(1 << 16))
-        file.finish()
-
-
-def test_written_bytes_that_change_on_disk_are_noticed(tmp_path: Path) -> None:
-    tensors = {"a": torch.arange(300, dtype=torch.float32), "odd": torch.ones(3, dtype=torch.uint8)}
-    path = tmp_path / "one.safetensors"
-    with StreamedFile(path, tensors) as file:
-        for name, tensor in tensors.items():
-            file.add(name, tensor)
-        file.finish()
-    meant = {name: digest_tensor(tensor) for name, tensor in tensors.items()}
-    read_back(path, meant)
-    with safe_open(path, framework="pt") as found:
-        assert all(torch.equal(found.get_tensor(name), tensor) for name, tensor in tensors.items())
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ModelError, match="odd reads back differently"):
-        read_back(path, meant)
-
-
-def test_file_that_was_never_finished_is_no_safetensors_file(tmp_path: Path) -> None:
-    path = tmp_path / "one.safetensors"
-    with StreamedFile(path, ["a"]) as file:
-        file.add("a", torch.ones(64))
-    with pytest.raises(ModelError, match="truncated or damaged"):
-        read_safetensors_header(path)
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """The address of a store on an S3 server on loopback."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
-        "AWS_SECRET_ACCESS_KEY": "example", "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": str(tmp_path / "no-config"), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "no-credentials"),
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="models")
-    yield "s3://models/team"
-    server.stop()
-
-
-def put_into_store(source: Path, url: str, cache: Path) -> str:
-    store, key = open_store(url, cache), StageKey("base", "1", {}, {})
-
-    def build(out: Path) -> None:
-        shutil.copytree(source, out, dirs_exist_ok=True)
-
-    store.get_or_build(key, build)
-    return f"{url}/{key.address}"
-
-
-def test_base_in_a_bucket_is_quantized_by_ranges_without_a_copy_of_it(
-    make_llama: MakeLlama, tmp_path: Path, bucket: str
-) -> None:
-    source = make_llama(shard_size="200KB")
-    address = put_into_store(source, bucket, tmp_path / "producer")
-    cache = tmp_path / "cache"
-    with open_stored_checkpoint(address, cache) as stored:
-        local = LocalSource(source)
-        assert stored.tensors == local.tensors
-        assert all(torch.equal(stored.read(name), local.read(name)) for name in local.tensors)
-        assert not list(stored.folder.glob("*.safetensors"))
-        report = quantize_checkpoint(stored, tmp_path / "out", QuantizeConfig())
-    assert not [path for path in cache.rglob("*") if path.is_file()]
-    quantize_checkpoint(source, tmp_path / "local", QuantizeConfig())
-    ours, theirs = all_tensors(tmp_path / "out"), all_tensors(tmp_path / "local")
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-    assert report["shards"] == 1
-
-
-def test_base_in_a_folder_of_a_store_is_found_by_its_address(make_llama: MakeLlama, tmp_path: Path) -> None:
-    url = f"file://{tmp_path / 'store'}"
-    address = put_into_store(make_llama(), url, tmp_path / "unused")
-    assert quantize_folder(address, tmp_path / "out", QuantizeConfig())["shards"] == 1
-    for wrong, complaint in [(f"{url}/v1/stage/base/{'0' * 64}", "holds no artifact"), (url, "names no artifact")]:
-        with pytest.raises(ModelError, match=complaint):
-            quantize_folder(wrong, tmp_path / "none", QuantizeConfig())
 
 
 MEMORY = """

@@ -62,12 +62,14 @@ def test_sweep_with_a_killed_worker_ends_as_the_trial_alone(
 ) -> None:
     caplog.set_level(logging.INFO, logger="qlora_core.sweep.cluster")
     rows: list[dict[str, Any]] = []
+    killed: list[int] = []
 
     def kill_the_first_worker(row: dict[str, Any]) -> None:
         rows.append(row)
         ready = re.findall(r"is ready \(.*pid (\d+)", caplog.text)
-        if row["steps"] and len(ready) == 1:
-            os.kill(int(ready[0]), signal.SIGKILL)
+        if row["steps"] and ready and not killed:
+            killed.append(int(ready[0]))
+            os.kill(killed[0], signal.SIGKILL)
 
     out = tmp_path / "out"
     out.mkdir()
@@ -80,7 +82,7 @@ def test_sweep_with_a_killed_worker_ends_as_the_trial_alone(
         5e-3: "complete",
     }
     (best,) = [row for row in summary["trials"] if row["id"] == summary["best"]]
-    assert [row["deaths"] for row in summary["trials"]] == [1, 1]  # both were in the pack of the worker that died
+    assert sum(row["deaths"] for row in summary["trials"]) == 1  # the other trial of the pack was pruned by then
     assert abs(best["loss"] - alone(quantized, curated, tmp_path / "alone", best["params"])) < 5e-5
     assert {row["id"]: row for row in rows} == {row["id"]: row for row in summary["trials"]}
     card = json.loads((out / "adapter" / "qlora.json").read_text())

@@ -138,16 +138,16 @@ def test_two_segments_are_one_run_bit_for_bit(
     assert _equal(_weights(tmp_path / "rungs", one), _weights(tmp_path / "straight", one))
 
 
-@pytest.mark.parametrize("polls", [0, 1, 4, 7])
-def test_a_stop_is_answered_before_the_next_pass_and_loses_nothing(
+@pytest.mark.parametrize("polls", [0, 1, 4, 6])
+def test_a_stop_is_answered_before_the_next_step_and_loses_nothing(
     trainer: Callable[[str], Trainer], trial: Trials, tmp_path: Path, polls: int
 ) -> None:
     straight = _run(trainer("straight"), trial())
     stopped = _run(trainer("stopped"), trial(), should_stop=_stop_after(polls))
     assert stopped.interrupted and stopped.validation_loss is None
-    assert stopped.step == polls // 2  # two passes are a step; a half one is taken anew
+    assert stopped.step == polls
     newest = newest_checkpoint(tmp_path / "stopped" / "t000")
-    assert (newest.step if newest else 0) == polls // 2
+    assert (newest.step if newest else 0) == polls
     resumed = _run(trainer("stopped"), trial())
     assert not resumed.interrupted
     assert resumed.curve == straight.curve
@@ -158,11 +158,11 @@ def test_a_stop_checkpoints_the_whole_pack_at_whole_steps(
     trainer: Callable[[str], Trainer], trial: Trials, tmp_path: Path
 ) -> None:
     pack = [trial("first"), trial("second", gradient_accumulation_steps=1, micro_batch_size=6)]
-    first, second = trainer("a").run(pack, None, _stop_after(5))
-    assert (first.step, second.step) == (2, 5)  # the first sums two passes for a step; its third was half done
+    first, second = trainer("a").run(pack, None, _stop_after(4))
+    assert (first.step, second.step) == (2, 4)  # the first sums up to two passes for a step
     assert first.interrupted and second.interrupted
     newest = [newest_checkpoint(tmp_path / "a" / one.id) for one in pack]
-    assert [checkpoint.step for checkpoint in newest if checkpoint] == [2, 5]
+    assert [checkpoint.step for checkpoint in newest if checkpoint] == [2, 4]
 
 
 def test_resume_after_the_newest_checkpoint_is_damaged_gives_the_same_adapter(
@@ -285,7 +285,8 @@ def test_a_weight_that_is_not_finite_stops_the_step_and_names_rows(
     bad = TokenRow("the-bad-row", [1, poisoned, 3, 4], [False, False, True, True])
     trainer = Trainer(base, [*clean, bad], clean, tmp_path)
     one = trial(max_steps=9, checkpoint_every_steps=1, micro_batch_size=2, gradient_accumulation_steps=1)
-    assert re.search(r"the loss of step \d+ is nan on rows .*the-bad-row", _error(trainer, one))
+    (progress,) = trainer.run([one], None)
+    assert re.search(r"the loss of step \d+ is nan on rows .*the-bad-row", progress.recoveries[0]["cause"])
     newest = newest_checkpoint(tmp_path / "t000")
     if newest is not None:
         assert all(torch.isfinite(tensor).all() for tensor in newest.adapter().values())
