@@ -1,7 +1,8 @@
 """The `compute` section: on what the job runs. Nothing here changes a result, so nothing here is part of a key.
 
-Residency changes no bit of a result on the CPU. On a GPU the order of sums may differ, as it does between two models of
-GPU, which are no part of a key either: a result made in one residency stands for all.
+How many trials are trained at once changes their losses in float32 by rounding (docs/training.md). Residency changes no
+bit of a result on the CPU. On a GPU the order of sums may differ, as it does between two models of GPU, which are no
+part of a key either: a result made in one residency stands for all.
 """
 
 from typing import Any, Literal

@@ -70,7 +70,7 @@ train:
   # Rows in one forward pass, and passes that make up one step: their product is the effective batch.
   micro_batch_size: 16
   gradient_accumulation_steps: 1
-  # paged_adamw_32bit, paged_adamw_8bit, or adamw.
+  # paged_adamw_32bit, paged_adamw_8bit, adamw, lion, or sgd.
   optimizer: paged_adamw_32bit
   max_grad_norm: 1.0
   # auto: bf16 where it is native, else float32.
@@ -133,8 +133,11 @@ registry:
 store: ./.qlora
 
 compute:
-  # Nothing here changes a result. Without `workers`: one per GPU, else one per CPU core, at most four.
+  # Nothing here changes a result by more than rounding.
+  # Without `workers`: one per GPU, else one per CPU core, at most four.
   # workers: 2
+  # Trials that a worker trains at once; without it, as many as keep it busy.
+  # pack_size: 4
   # An existing Ray cluster; without it, one is started and ended.
   # ray_address: ray://head:10001
   # Checkpoints, the sweep's study, MLflow's SQLite, logs.

@@ -116,12 +116,3 @@ def read_back(path: Path, meant: Mapping[str, str]) -> str:
             if part.hexdigest() != meant[name]:
                 raise ModelError(f"{path}: {name} reads back differently from what was written; look at that disk")
     return whole.hexdigest()
-
-
-def digest_of_file(path: Path) -> str:
-    """What `read_back` returned for these bytes."""
-    whole, block = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK_BYTES))
-    with path.open("rb", buffering=0) as stream:
-        while count := stream.readinto(block):
-            whole.update(block[:count])
-    return whole.hexdigest()

@@ -124,9 +124,8 @@ class _Cohort:
             if not pack:
                 return
             records = [self._records[segment.trial] for segment in pack]
-            _LOGGER.info(
-                "%s trains %s", worker, ", ".join(f"{part.trial} up to step {part.until_step}" for part in pack)
-            )
+            for segment in pack:
+                _LOGGER.info("trial %s goes to %s, up to step %d", segment.trial, worker, segment.until_step)
             orders = [{"id": record.id, "params": record.params, "rungs": record.rungs} for record in records]
             cluster.submit(worker, pack, "run", orders, [segment.until_step for segment in pack])
 

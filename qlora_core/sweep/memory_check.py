@@ -37,8 +37,9 @@ def check_memory(
 ) -> MemoryPlan | None:
     """The plan of packs of the largest trial on this machine's device; None where the workers are elsewhere.
 
-    Its `pack_size` is the largest that fits, `pack_size` at most. Micro-batches and gradient checkpointing are taken as
-    configured. Workers on CPUs divide what is available, and are `most_workers` at most.
+    Its `pack_size` is the largest that fits, `pack_size` at most. Micro-batches and gradient checkpointing are as
+    configured where a trial fits with them, alone if need be; else the plan says how it does. Workers on CPUs divide
+    what is available, and are `most_workers` at most.
 
     Raises:
         TrainingError: it cannot fit; bytes and the setting that would do are named.
@@ -53,12 +54,14 @@ def check_memory(
     training, validation = longest_rows(curated)
     work = Workload(largest_trial(sweep, train), stored_format(quantized), training, validation)
     shapes = read_shapes(quantized)
+    tries = [(size, True) for size in range(max(1, pack_size), 0, -1)]
     plans = (
-        plan_memory(shapes, replace(work, pack_size=size), available, device, residency=compute.residency, fixed=True)
-        for size in range(max(1, pack_size), 0, -1)
+        plan_memory(shapes, replace(work, pack_size=size), available, device, residency=compute.residency, fixed=fixed)
+        for size, fixed in [*tries, (1, False)]
     )
-    plan = next(plan for plan in plans if plan.fits or plan.pack_size == 1)
-    refuse_unfit(plan, shapes, work, residency=compute.residency, fixed=True)
+    plan = plan_memory(shapes, work, available, device, residency=compute.residency)
+    plan = next((way for way in plans if way.fits), plan)
+    refuse_unfit(plan, shapes, work, residency=compute.residency)
     _LOGGER.info(
         "memory: packs of %d of the largest trial need %.2f GiB of %s, %s layers. %s",
         plan.pack_size,
@@ -81,11 +84,31 @@ def execution_settings(compute: ComputeConfig, plan: MemoryPlan | None) -> dict[
     return settings
 
 
+def pass_settings(sweep: SweepConfig, train: TrainConfig, plan: MemoryPlan | None) -> dict[str, Any]:
+    """How the plan has trials computed, as arguments of `PassLimits`; empty where it leaves all as configured."""
+    configured = largest_trial(sweep, train)
+    settings: dict[str, Any] = {}
+    if plan is not None and plan.gradient_checkpointing and not configured.gradient_checkpointing:
+        settings["recompute"] = True
+    if plan is not None and plan.micro_batch_size < configured.micro_batch_size:
+        settings["most_rows"] = plan.micro_batch_size
+    return settings
+
+
 def plan_record(plan: MemoryPlan | None) -> dict[str, Any] | None:
     """What was chosen and why, as JSON data for the sweep's record; None where nothing was planned."""
     if plan is None:
         return None
-    names = ("device", "residency", "pack_size", "peak_bytes", "needed_bytes", "available_bytes")
+    names = (
+        "device",
+        "residency",
+        "gradient_checkpointing",
+        "micro_batch_size",
+        "pack_size",
+        "peak_bytes",
+        "needed_bytes",
+        "available_bytes",
+    )
     return {**{name: getattr(plan, name) for name in names}, "reasons": list(plan.reasons)}
 
 

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-STORED = ("loss", "steps", "total_steps", "seconds", "tokens", "optimizer", "error", "curve", "rungs", "deaths")
+STORED = (
+    "loss", "steps", "total_steps", "seconds", "tokens", "optimizer", "error", "curve", "rungs", "deaths", "recoveries",
+)  # fmt: skip
 """Fields kept in the study beside a trial's parameters and state."""
 
 
@@ -15,7 +17,7 @@ class TrialRecord:
 
     `state`: waiting | complete | pruned | failed. `rungs` has one {"step", "loss"} per comparison, `curve` one entry
     per optimizer step. `seconds` is what workers spent on it, repeated work included. `deaths` counts workers that
-    died while training it.
+    died while training it, `recoveries` are its roll-backs (see TrialProgress).
     """
 
     id: str
@@ -31,6 +33,7 @@ class TrialRecord:
     curve: list[dict[str, Any]] = field(default_factory=list)
     rungs: list[dict[str, Any]] = field(default_factory=list)
     deaths: int = 0
+    recoveries: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def rung_losses(self) -> dict[int, float]:
@@ -48,6 +51,7 @@ class TrialRecord:
         self.total_steps = progress["total_steps"]
         self.tokens = progress["tokens"]
         self.optimizer = progress["optimizer"]
+        self.recoveries = list(progress.get("recoveries", ()))
         self.seconds = round(self.seconds + progress["seconds"], 3)
         loss = progress["validation_loss"]
         if loss is not None and math.isfinite(loss):

@@ -23,7 +23,7 @@ from qlora_core.sweep.cluster import MOST_CPU_WORKERS, Cluster, Outcome, ray_con
 from qlora_core.sweep.driver import OnTrial, SweepDriver
 from qlora_core.sweep.keeper import work_name
 from qlora_core.sweep.lock import DRIVER_LOCK, OTHER_DRIVER_S, exclusive_lock
-from qlora_core.sweep.memory_check import check_memory, execution_settings, mean_tokens, plan_record
+from qlora_core.sweep.memory_check import check_memory, execution_settings, mean_tokens, pass_settings, plan_record
 from qlora_core.sweep.pack_size import pack_size
 from qlora_core.sweep.record import TrialRecord
 from qlora_core.sweep.rungs import TrialLength
@@ -98,7 +98,10 @@ def run_sweep(
         inputs = (work.quantized_folder, work.curated_folder)
         together = _pack_size(train, compute, work)
         plan = check_memory(sweep, train, compute, *inputs, most_workers=MOST_CPU_WORKERS, pack_size=together)
-        execution = execution_settings(compute, plan)
+        execution = {
+            "residency": execution_settings(compute, plan),
+            "limits": pass_settings(sweep, train, plan),
+        }
         together = together if plan is None else plan.pack_size
         records, best = _train_and_export(sweep, train, compute, work, execution, together, on_trial)
         if best is None:
@@ -135,7 +138,7 @@ def _train_and_export(
             "trials_dir": str(work.trials_dir.resolve()),
             "precision": train.precision,
             "kept": work.kept,
-            "residency": dict(execution),
+            **execution,
             "memory_sharers": min(cohort_size(sweep), compute.workers or MOST_CPU_WORKERS),
         }
         with (

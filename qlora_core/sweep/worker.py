@@ -33,6 +33,7 @@ class SweepWorker:
 
     `kept` says where in a store the trials' checkpoints are kept too: the fields of `StoreKeeper`. `residency` are the
     arguments of `load_quantized` on how layers execute; `memory_sharers` workers on CPUs divide a machine's memory.
+    `limits` are the fields of `PassLimits`.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class SweepWorker:
         kept: Mapping[str, Any] | None = None,
         residency: Mapping[str, Any] | None = None,
         memory_sharers: int = 1,
+        limits: Mapping[str, Any] | None = None,
     ) -> None:
         self._quantized_folder = Path(quantized_folder)
         self._curated_folder = Path(curated_folder)
@@ -52,6 +54,7 @@ class SweepWorker:
         self._kept = kept
         self._residency = dict(residency or {})
         self._memory_sharers = memory_sharers
+        self._limits = dict(limits or {})
         self._stop = threading.Event()
         self._trainer: Trainer | None = None
         self._rows: dict[str, list[TokenRow]] = {}
@@ -127,7 +130,7 @@ class SweepWorker:
     def _load_base(self, precision: str) -> None:
         from qlora_core.model.base import choose_device, load_quantized
         from qlora_core.sweep.keeper import StoreKeeper
-        from qlora_core.training.trainer import Trainer
+        from qlora_core.training.trainer import PassLimits, Trainer
 
         # Let go of the old base first: two do not fit where one does.
         self._trainer = None
@@ -138,6 +141,7 @@ class SweepWorker:
         )
         keeper = StoreKeeper(**self._kept) if self._kept else None
         train, validation = self._rows["train"], self._rows["validation"]
-        self._trainer = Trainer(base, train, validation, self._trials_dir, keeper, self._packs)
+        limits = PassLimits(**self._limits)
+        self._trainer = Trainer(base, train, validation, self._trials_dir, keeper, self._packs, limits)
         self._precision = precision
         _LOGGER.info("base loaded from %s in %s", self._quantized_folder, precision)

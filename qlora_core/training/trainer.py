@@ -8,7 +8,7 @@ are bit-equal on a CPU. Knows nothing of how trials are chosen, compared or wher
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -40,6 +40,17 @@ def _never() -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class PassLimits:
+    """How memory has passes computed, beyond what trials are configured to; changes results by rounding only.
+
+    `recompute`: gradient checkpointing for all; `most_rows`: the largest micro-batch.
+    """
+
+    recompute: bool = False
+    most_rows: int | None = None
+
+
 class Trainer:
     """Trains trials on `base` (frozen, with no adapter on it) and keeps their checkpoints under `work_dir/<trial id>`.
 
@@ -62,8 +73,10 @@ class Trainer:
         work_dir: Path,
         keeper: CheckpointKeeper | None = None,
         packs: Sequence[Sequence[str]] | None = None,
+        limits: PassLimits | None = None,
     ) -> None:
         self._base = base
+        self._limits = limits or PassLimits()
         self._train = trainable_rows(train, "train")
         self._sequences: Sequence[TokenRow] = self._train if packs is None else packed_rows(self._train, packs)
         self._validation = trainable_rows(validation, "validation")
@@ -141,7 +154,8 @@ class Trainer:
                 f"{self._base.dtype}; load it in that precision or use train.precision: auto"
             )
         slot = self._pack.fill(lora_config(self._base, trial.params), trial.params.seed)
-        return TrialRun(trial, slot, self._pack.weights(slot), self._sequences)
+        weights = self._pack.weights(slot)
+        return TrialRun(trial, slot, weights, self._sequences, most_rows=self._limits.most_rows)
 
     def _end(self, run: TrialRun) -> None:
         run.optimizer.release()
@@ -201,10 +215,10 @@ class _Segment:
 
     def train(self, should_stop: Callable[[], bool]) -> None:
         """Passes until every trial is where it should be, has failed, or training is asked to stop."""
-        checkpointing = any(run.trial.params.gradient_checkpointing for run in self._runs.values())
+        configured = any(run.trial.params.gradient_checkpointing for run in self._runs.values())
         title = f"Training {' '.join(self._order)}"
         with (
-            recomputed_activations(self._trainer._base, wanted=checkpointing),
+            recomputed_activations(self._trainer._base, wanted=configured or self._trainer._limits.recompute),
             progress_bar(title, sum(self._until.values())) as advance,
         ):
             advance(sum(run.counters.step for run in self._runs.values()))

@@ -47,16 +47,27 @@ class _OpenStep:
 
 
 class TrialRun:
-    """A trial that can take steps. `slot` is its place in the pack, `weights` the adapter there."""
+    """A trial that can take steps. `slot` is its place in the pack, `weights` the adapter there.
 
-    def __init__(self, trial: Trial, slot: int, weights: SlotWeights, rows: Sequence[TokenRow]) -> None:
+    `most_rows`: micro-batches have no more rows than that, whatever the settings; their sums stay the same.
+    """
+
+    def __init__(
+        self,
+        trial: Trial,
+        slot: int,
+        weights: SlotWeights,
+        rows: Sequence[TokenRow],
+        *,
+        most_rows: int | None = None,
+    ) -> None:
         self.trial = trial
         self.slot = slot
         self.weights = weights
         self.optimizer = TrialOptimizer(weights.flat(), trial.params)
         self.counters = Counters(scores=dict(trial.scores))
         self.total_steps = total_steps(trial.params, len(rows))
-        self.micro_batch_size = trial.params.micro_batch_size
+        self.micro_batch_size = min(trial.params.micro_batch_size, most_rows or trial.params.micro_batch_size)
         self._rows = rows
         self._open: _OpenStep | None = None
         self._order = BatchOrder(

@@ -9,8 +9,16 @@ from qlora_core.config.compute import ComputeConfig
 from qlora_core.config.sweep import SweepConfig
 from qlora_core.config.train import TrainConfig
 from qlora_core.errors import DataError, TrainingError
-from qlora_core.sweep.memory_check import check_memory, execution_settings, largest_trial, longest_rows, stored_format
+from qlora_core.sweep.memory_check import (
+    check_memory,
+    execution_settings,
+    largest_trial,
+    longest_rows,
+    pass_settings,
+    stored_format,
+)
 from qlora_core.sweep.run import SweepWork, run_sweep
+from qlora_core.training.memory.plan import MemoryPlan
 
 TRAIN = TrainConfig(lora_rank=4, micro_batch_size=2, max_steps=2)
 
@@ -41,11 +49,26 @@ def test_sweep_that_fits_is_planned(quantized: Path, curated: Path) -> None:
 
 
 def test_sweep_that_cannot_fit_is_refused_before_it_starts(quantized: Path, curated: Path, tmp_path: Path) -> None:
-    huge = TRAIN.model_copy(update={"micro_batch_size": 10**9})
+    huge = TRAIN.model_copy(update={"lora_rank": 10**9})
     work = SweepWork(quantized, curated, tmp_path / "work", {})
-    with pytest.raises(TrainingError, match=r"needs \d+ bytes .* set train\.micro_batch_size: \d+ with"):
+    with pytest.raises(TrainingError, match=r"needs \d+ bytes .* set train\.lora_rank: \d+"):
         run_sweep(SweepConfig(), huge, ComputeConfig(workers=1), work, tmp_path / "out")
     assert not work.study_file.exists()
+
+
+def test_sweep_that_fits_in_smaller_micro_batches_is_computed_in_them(quantized: Path, curated: Path) -> None:
+    wide = TRAIN.model_copy(update={"micro_batch_size": 2**40, "gradient_accumulation_steps": 1})
+    plan = check_memory(SweepConfig(), wide, ComputeConfig(workers=1), quantized, curated, most_workers=4)
+    assert plan is not None and plan.fits
+    limits = pass_settings(SweepConfig(), wide, plan)
+    assert limits["most_rows"] == plan.micro_batch_size
+    assert limits.get("recompute", False) == plan.gradient_checkpointing
+    assert 1 <= limits["most_rows"] < 2**40
+    assert pass_settings(SweepConfig(), TRAIN, plan_of(quantized, curated)) == {}
+
+
+def plan_of(quantized: Path, curated: Path) -> MemoryPlan | None:
+    return check_memory(SweepConfig(), TRAIN, ComputeConfig(workers=1), quantized, curated, most_workers=4)
 
 
 def test_workers_elsewhere_are_not_judged_by_this_machine(quantized: Path, curated: Path) -> None:

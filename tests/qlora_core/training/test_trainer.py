@@ -22,7 +22,7 @@ from qlora_core.model.loss import sequence_losses
 from qlora_core.training.checkpoint import newest_checkpoint
 from qlora_core.training.optimizer import OPTIMIZERS
 from qlora_core.training.schedule import learning_rate
-from qlora_core.training.trainer import Trainer
+from qlora_core.training.trainer import PassLimits, Trainer
 from qlora_core.training.trial import Trial, TrialProgress
 
 Rows = Callable[..., list[TokenRow]]
@@ -218,7 +218,7 @@ import torch
 from qlora_core.config.train import TrainConfig
 from qlora_core.data.dataset import TokenRow
 from qlora_core.model.base import load_quantized
-from qlora_core.training.trainer import Trainer
+from qlora_core.training.trainer import PassLimits, Trainer
 from qlora_core.training.trial import Trial
 torch.set_num_threads(1)
 job = json.loads(sys.stdin.read())
@@ -409,3 +409,17 @@ def test_impossible_calls_are_refused(trainer: Callable[[str], Trainer], trial: 
         trainer("a").run([trial("x"), trial("x")], None)
     with pytest.raises(TrainingError, match="until_step is 0"):
         trainer("a").run([trial()], 0)
+
+
+def test_limits_of_memory_change_how_a_trial_is_computed_and_not_what_comes_out(
+    base: PreTrainedModel, train_rows: list[TokenRow], validation_rows: list[TokenRow], trial: Trials, tmp_path: Path
+) -> None:
+    wide = Trainer(base, train_rows, validation_rows, tmp_path / "wide")
+    tight = Trainer(
+        base, train_rows, validation_rows, tmp_path / "tight", limits=PassLimits(recompute=True, most_rows=1)
+    )
+    one = trial(lora_dropout=0.3)
+    expected, found = _run(wide, one), _run(tight, one)
+    assert (expected.micro_batch_size, found.micro_batch_size) == (3, 1)
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(expected.curve, found.curve, strict=True)) < 1e-5
+    assert [entry["tokens"] for entry in expected.curve] == [entry["tokens"] for entry in found.curve]
