@@ -9,7 +9,7 @@ from qlora_core.config.train import TrainConfig
 
 MOST_TRIALS = 8
 KNEE_TOKENS = {"cpu": 512, "cuda": 2048}
-"""Tokens of a pass from which packing gains little: measured on CPUs (docs/measurements.md), estimated for GPUs."""
+"""Tokens of a pass from which packing gains little: estimates."""
 
 
 def pack_size(wanted: int | None, train: TrainConfig, mean_tokens: float, device: str) -> int:
