@@ -4,23 +4,14 @@ Sums are float64, of differences that are exact there. The compiler may add up i
 use the processor's vectors: 15 times faster than the same in float64 tensors.
 """
 
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import numpy as np
-from numba import njit
 
-_OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "nsz"}}
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        return njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError:  # no folder to keep machine code in: every process compiles for itself
-        return njit(**_OPTIONS)(function)
+from qlora_core.compiled import compiled
 
 
-@_compiled
+@partial(compiled, fastmath={"reassoc", "nsz"})
 def error_sums(exact: np.ndarray, restored: np.ndarray) -> tuple[float, float]:
     """Sum of squares of `exact` and of `restored - exact`; float32 [n] each, 0 where n is 0."""
     squares = 0.0

@@ -15,21 +15,15 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from qlora_core.compiled import compiled
 
 LANES = 16  # values that are quantized at once; divides every blocksize
 UNPACKED = 64  # values that are restored at once; divides every blocksize
 NESTED_BLOCKSIZE = 256
 LEAST_ABSMAX = np.float32(1e-38)  # whose reciprocal is finite
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` by numba; the machine code is kept where numba finds a folder that it may write to."""
-    try:
-        return njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # there is no such folder: every process compiles for itself
-        return njit(nogil=True)(function)
 
 
 def _pack_multiplied(

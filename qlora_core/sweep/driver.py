@@ -156,7 +156,7 @@ class _Cohort:
                 self._take_death(record, outcome.error)
             elif progress is None:
                 self._fail(record, str(outcome.error))
-            elif progress.get("error") is not None:
+            elif progress["error"] is not None:
                 record.add_progress(progress)
                 self._fail(record, progress["error"])
             else:

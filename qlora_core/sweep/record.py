@@ -7,6 +7,7 @@ from typing import Any
 
 STORED = (
     "loss", "steps", "total_steps", "seconds", "tokens", "optimizer", "error", "curve", "rungs", "deaths", "recoveries",
+    "micro_batch_size",
 )  # fmt: skip
 """Fields kept in the study beside a trial's parameters and state."""
 
@@ -17,7 +18,8 @@ class TrialRecord:
 
     `state`: waiting | complete | pruned | failed. `rungs` has one {"step", "loss"} per comparison, `curve` one entry
     per optimizer step. `seconds` is what workers spent on it, repeated work included. `deaths` counts workers that
-    died while training it, `recoveries` are its roll-backs (see TrialProgress).
+    died while training it, `recoveries` are its roll-backs and
+    `micro_batch_size` the rows computed at a time (see TrialProgress).
     """
 
     id: str
@@ -34,6 +36,7 @@ class TrialRecord:
     rungs: list[dict[str, Any]] = field(default_factory=list)
     deaths: int = 0
     recoveries: list[dict[str, Any]] = field(default_factory=list)
+    micro_batch_size: int | None = None
 
     @property
     def rung_losses(self) -> dict[int, float]:
@@ -51,7 +54,8 @@ class TrialRecord:
         self.total_steps = progress["total_steps"]
         self.tokens = progress["tokens"]
         self.optimizer = progress["optimizer"]
-        self.recoveries = list(progress.get("recoveries", ()))
+        self.recoveries = progress["recoveries"]
+        self.micro_batch_size = progress["micro_batch_size"]
         self.seconds = round(self.seconds + progress["seconds"], 3)
         loss = progress["validation_loss"]
         if loss is not None and math.isfinite(loss):

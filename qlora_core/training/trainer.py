@@ -86,11 +86,12 @@ class Trainer:
         base.config.use_cache = False
         # Part of every checkpoint's identity; taken here, while the base has no adapter on it
         inputs = {"training data": digest_rows(self._train), "base model": fingerprint_base(base)}
+        self._pack = Pack(base)
         if packs is not None:
-            check_isolation(base)
+            if not self._pack.end_to_end:  # which is to keep documents apart already
+                check_isolation(base)
             inputs["packed sequences"] = digest_json([list(ids) for ids in packs])
         self._shelf = TrialShelf(work_dir, inputs, keeper)
-        self._pack = Pack(base)
 
     def run(
         self,
@@ -123,8 +124,9 @@ class Trainer:
                 f"until_step is {until_step}; give one step for all trials or one each, 1 or later, or None"
             )
         with _BaseUntouched(self._base):
-            segment = _Segment(self, trials, until)
+            segment = _Segment(self, [trial.id for trial in trials])
             try:
+                segment.enter(trials, until)
                 segment.train(should_stop)
                 return segment.score()
             finally:
@@ -186,13 +188,16 @@ class _BaseUntouched:
 class _Segment:
     """One call of `Trainer.run`: the trials that are going, and what has become of the others."""
 
-    def __init__(self, trainer: Trainer, trials: Sequence[Trial], until: Sequence[int | None]) -> None:
+    def __init__(self, trainer: Trainer, order: list[str]) -> None:
         self._trainer = trainer
-        self._order = [trial.id for trial in trials]
+        self._order = order
         self._until: dict[str, int] = {}
         self._runs: dict[str, TrialRun] = {}
         self._results: dict[str, TrialProgress] = {}
         self._interrupted = False
+
+    def enter(self, trials: Sequence[Trial], until: Sequence[int | None]) -> None:
+        """Fill a slot for each trial and take it up where its checkpoint left it."""
         for trial, until_step in zip(trials, until, strict=True):
             self._enter(trial, until_step)
 

@@ -3,11 +3,11 @@
 They are in one file because numba's cache of machine code knows of changes in a kernel's own file alone.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from qlora_core.compiled import compiled
 
 SEPARATOR, LETTER, LONE_LETTER, MARK, IGNORED, BORDER = range(6)
 
@@ -20,14 +20,6 @@ MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 MIX_2 = np.uint64(0x94D049BB133111EB)
 BASE = np.uint64(0x9E3779B97F4A7C15)
 SHIFT_30, SHIFT_27, SHIFT_31 = np.uint64(30), np.uint64(27), np.uint64(31)
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` by numba; the machine code is kept where numba finds a folder that it may write to."""
-    try:
-        return njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # there is no such folder: every process compiles for itself
-        return njit(nogil=True)(function)
 
 
 @compiled

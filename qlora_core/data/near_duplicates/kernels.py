@@ -3,11 +3,11 @@
 Every kernel releases Python's lock and gives the same result on any number of threads.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
+
+from qlora_core.compiled import compiled
 
 # Mixing constants of MurmurHash3's 64-bit finaliser and of FNV-1a (both public domain).
 MIX_1, MIX_2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
@@ -17,14 +17,6 @@ SHIFT_33 = np.uint64(33)
 SHIFT_32 = np.uint64(32)
 # ASCII: everything up to the blank is white space or a control character.
 BLANK, LINE_FEED, EXCLAMATION, FULL_STOP, COLON, QUESTION = 0x20, 0x0A, 0x21, 0x2E, 0x3A, 0x3F
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` by numba, its machine code kept beside the module where that place can be written."""
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # numba finds no folder for its cache: compile once a process instead
-        return numba.njit(nogil=True)(function)
 
 
 @compiled

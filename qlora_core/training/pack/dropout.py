@@ -7,11 +7,14 @@ which features are dropped. Knows nothing of adapters. Shapes: T tokens, I featu
 """
 
 import hashlib
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, uint64
+from numba import uint64
+
+from qlora_core.compiled import compiled
 
 _WORDS = 4
 _ROUNDS = 10
@@ -43,7 +46,7 @@ def dropout_factors(
     return _draw(tokens, rows, step, key, features, threshold, scale)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@partial(compiled, inline="always")
 def _philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
     """Words and keys are 32-bit values in uint64: numba widens mixed arithmetic, and only so stays typed as meant."""
     low = uint64(0xFFFFFFFF)
@@ -56,7 +59,7 @@ def _philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
     return c0, c1, c2, c3
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _fill(factors: Any, tokens: Any, rows: Any, step: int, k0: int, k1: int, threshold: int, scale: Any) -> None:
     count, features = factors.shape
     zero = np.float32(0)

@@ -65,16 +65,6 @@ class Pack:
         """The adapter in a slot."""
         return self._slots[slot]
 
-    def loss_sums(self, parts: Sequence[Part]) -> tuple[torch.Tensor, ...]:
-        """For each part: the sum of -ln p over its trained tokens, in nats, at least in float32; 0 without any.
-
-        Logits are made only at positions that predict a trained token, where the model can.
-        """
-        layout = lay_out(parts, self.base, end_to_end=self.end_to_end)
-        with self._pass(layout.spans):
-            nats_P = self._nats(layout)
-        return tuple(nats_P[start:stop].sum() for start, stop in layout.bounds)
-
     def backward(self, parts: Sequence[Part], token_counts: Sequence[int], *, dropout: bool = True) -> torch.Tensor:
         """Add to every slot's gradient that of (its part's loss sum) / (its entry of `token_counts`); returns the sums.
 
@@ -92,14 +82,10 @@ class Pack:
         return sums.detach()
 
     @contextmanager
-    def only(self, slot: int | None) -> Iterator[None]:
-        """While the block runs, plain calls of the base answer with this slot's adapter on every row; None: none."""
-        if slot is None:
-            spans: tuple[Span, ...] = ()
-        else:
-            nowhere = torch.empty(0, dtype=torch.long)
-            spans = (Span(slot, 0, _EVERYTHING, 0, nowhere, nowhere),)
-        with self._pass(spans):
+    def only(self, slot: int) -> Iterator[None]:
+        """While the block runs, plain calls of the base answer with this slot's adapter on every row."""
+        nowhere = torch.empty(0, dtype=torch.long)
+        with self._pass((Span(slot, 0, _EVERYTHING, 0, nowhere, nowhere),)):
             yield
 
     @contextmanager
@@ -114,13 +100,11 @@ class Pack:
 
     def _nats(self, layout: Layout) -> torch.Tensor:
         """-ln p of every label, [P]."""
-        attention = document_attention(self.base) if layout.end_to_end else nullcontext()
         options: dict[str, Any] = {}
         flat = layout.end_to_end and _keeps_logits(type(self.base))
         if flat:
             options["logits_to_keep"] = layout.kept
-        with attention:
-            logits = self.base(**layout.inputs, **options).logits
+        logits = self.base(**layout.inputs, **options).logits
         logits_PV = logits.flatten(0, 1) if flat else logits.flatten(0, 1)[layout.kept]
         if logits_PV.dtype.itemsize == 2:
             logits_PV = logits_PV.float()

@@ -129,3 +129,16 @@ def test_a_broken_study_file_is_named(local_ray: None, quantized: Path, curated:
 def test_a_missing_training_split_is_named(quantized: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train.*is no split of a curated set"):
         run_sweep(SWEEP, TRAIN, ONE_WORKER, work_in(tmp_path, quantized, tmp_path), tmp_path / "out")
+
+
+def test_the_plans_smaller_micro_batches_reach_the_workers(
+    local_ray: None, quantized: Path, curated: Path, tmp_path: Path
+) -> None:
+    # More rows than memory could ever hold; the plan takes a divisor of them that fits
+    wide = TRAIN.model_copy(update={"micro_batch_size": 2**40, "gradient_accumulation_steps": 1, "max_steps": 1})
+    (tmp_path / "out").mkdir()
+    work = work_in(tmp_path, quantized, curated)
+    summary = run_sweep(SweepConfig(), wide, ONE_WORKER, work, tmp_path / "out")
+    (row,) = summary["trials"]
+    assert row["state"] == "complete"
+    assert row["micro_batch_size"] == summary["memory"]["micro_batch_size"] < 2**40

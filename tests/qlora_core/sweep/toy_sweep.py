@@ -73,6 +73,9 @@ class ToyWorker:
             "tokens": state["step"] * 10,
             "seconds": 0.0,
             "optimizer": "toy",
+            "error": None,
+            "recoveries": [],
+            "micro_batch_size": 1,
             "interrupted": interrupted,
         }
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from qlora_core.data.dataset import TokenRow
 from qlora_core.errors import TrainingError
 from qlora_core.model.adapter import attach_adapter, golden_logits, read_golden, verify_golden
+from qlora_core.model.adapter_set import NamedAdapter, attached_adapters
 from qlora_core.model.base import load_quantized
 from qlora_core.training import export as module
 from qlora_core.training.adapter_config import lora_config
@@ -97,6 +98,11 @@ def test_every_variant_comes_back_from_stock_peft_over_the_stored_base(
     trainer.export(one, tmp_path / "out")  # compares logits with what stock PEFT gives
     clean = load_quantized(nf4_folder)
     assert verify_golden(PeftModel.from_pretrained(clean, tmp_path / "out"), tmp_path / "out", atol=1e-4) < 1e-4
+    # and so does the way in which evaluation puts several on one base
+    golden, fresh = read_golden(tmp_path / "out"), load_quantized(nf4_folder)
+    with attached_adapters(fresh, [NamedAdapter("x", tmp_path / "out")]) as adapters, adapters.rows(["x"]):
+        found = golden_logits(fresh, golden.prompts)
+    assert max((a - b).abs().max().item() for a, b in zip(found, golden.logits, strict=True)) < 1e-4
     stored = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert stored["r"] == (8 if settings.get("lora_init") in ("pissa", "olora") else 4)
 

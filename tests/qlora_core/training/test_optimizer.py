@@ -135,3 +135,13 @@ def test_nothing_to_train_is_refused() -> None:
 def test_the_hand_written_reference_moves_the_weights() -> None:
     moved = _adamw_by_hand(20)["small"] - _parameters(torch.float64)["small"].detach()
     assert math.sqrt(moved.square().mean().item()) > 1e-3
+
+
+def test_b_factors_step_at_their_own_rate() -> None:
+    parameters = {name: torch.nn.Parameter(torch.zeros(4)) for name in ("a", "b")}
+    optimizer = TrialOptimizer(parameters, TrainConfig(optimizer="sgd", weight_decay=0.0, lora_plus_ratio=16.0))
+    for parameter in parameters.values():
+        parameter.grad = torch.ones(4)
+    optimizer.step(1e-2)
+    assert torch.allclose(parameters["a"].data, torch.full((4,), -1e-2))
+    assert torch.allclose(parameters["b"].data, torch.full((4,), -16e-2))
