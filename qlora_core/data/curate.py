@@ -6,7 +6,6 @@ nothing of how one works.
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,17 @@ import pyarrow as pa
 from qlora_core.config.data import DataConfig
 from qlora_core.data.card import make_card
 from qlora_core.data.chat_template import ChatTokenizer, load_chat_tokenizer
+from qlora_core.data.curated import Curated
 from qlora_core.data.curation_summary import summarize
 from qlora_core.data.decontamination.eval_sets import read_eval_sets
-from qlora_core.data.decontamination.match import Decontamination, decontaminate
+from qlora_core.data.decontamination.match import decontaminate
 from qlora_core.data.deduplicate import drop_duplicates
 from qlora_core.data.leak_gate import check_no_leaks
 from qlora_core.data.ledger import Dropped, make_funnel
 from qlora_core.data.loss_mask import encode_proven
-from qlora_core.data.near_duplicates.find import NearDuplicates, drop_near_duplicates
+from qlora_core.data.near_duplicates.find import drop_near_duplicates
 from qlora_core.data.packing import sequence_tokens
-from qlora_core.data.placement import Placement, place_rows, read_earlier
+from qlora_core.data.placement import place_rows, read_earlier
 from qlora_core.data.policy import check_score_names, decide
 from qlora_core.data.proof_tags import check_proofs, is_over_long, prove_rows
 from qlora_core.data.reading import SourceReading, check_quarantine, read_sources
@@ -55,21 +55,6 @@ logger = logging.getLogger(__name__)
 FIRST_ROWS = 256
 BATCH_ROWS = 512
 MAX_UNPROVEN_AT_FIRST = 0.5
-
-
-@dataclass(frozen=True)
-class Curated:
-    """What the steps have found, for the summary, the card and the report."""
-
-    readings: Sequence[SourceReading]
-    remaining: Remaining
-    placement: Placement
-    sides: dict[str, np.ndarray]
-    redactor: Redactor
-    contamination: Decontamination
-    near: NearDuplicates
-    selection: Selection | None
-    limit: int
 
 
 def curate(

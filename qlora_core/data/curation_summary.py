@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,14 +13,12 @@ import pyarrow.compute as pc
 from qlora_core.config.data import DataConfig
 from qlora_core.data.card import QUANTILES, summarise_lengths
 from qlora_core.data.chat_template import ChatTokenizer
+from qlora_core.data.curated import Curated
 from qlora_core.data.ledger import Funnel
 from qlora_core.data.split import SIDES
 from qlora_core.data.tags.personal_data import Recogniser
 from qlora_core.data.tags.table import TagTable
 from qlora_core.data.token_files import WrittenSide
-
-if TYPE_CHECKING:
-    from qlora_core.data.curate import Curated
 
 SHOWN_HITS = 50
 SHOWN_VALUES = 10
@@ -28,7 +26,7 @@ SHOWN_CLUSTERS = 10
 
 
 def summarize(
-    found: "Curated",
+    found: Curated,
     funnel: Funnel,
     written: Mapping[str, WrittenSide],
     packing: Mapping[str, Any] | None,
@@ -75,7 +73,7 @@ def summarize(
     }
 
 
-def _by_source(found: "Curated", funnel: Funnel, sides: list[WrittenSide]) -> dict[str, dict[str, Any]]:
+def _by_source(found: Curated, funnel: Funnel, sides: list[WrittenSide]) -> dict[str, dict[str, Any]]:
     tokens = sum((side.tokens_by_source for side in sides), Counter())
     reasons: dict[str, Counter[str]] = {}
     for drop in found.remaining.dropped:
@@ -102,7 +100,7 @@ def _licences(sides: list[WrittenSide]) -> dict[str, Counter[str]]:
     return dict(sorted(counts.items()))
 
 
-def _reason_tokens(found: "Curated") -> dict[str, int]:
+def _reason_tokens(found: Curated) -> dict[str, int]:
     """Tokens by rule, of the dropped rows whose length was why."""
     tokens = Counter[str]()
     for drop in found.remaining.dropped:
@@ -110,7 +108,7 @@ def _reason_tokens(found: "Curated") -> dict[str, int]:
     return _ranked({rule: count for rule, count in tokens.items() if count})
 
 
-def _personal_data(found: "Curated", tags: TagTable, config: DataConfig) -> dict[str, Any] | None:
+def _personal_data(found: Curated, tags: TagTable, config: DataConfig) -> dict[str, Any] | None:
     """Values by type in the rows that stayed, and what was replaced in rows before; None where nobody looked."""
     actions = {"personal_data": config.policy.personal_data, "secrets": config.policy.secrets}
     if not config.tags.personal_data and "redact" not in actions.values():
@@ -126,7 +124,7 @@ def _personal_data(found: "Curated", tags: TagTable, config: DataConfig) -> dict
     return {"actions": actions, "counts": _ranked(counts), "rows": rows, "redacted": redacted}
 
 
-def _contamination(found: "Curated", config: DataConfig) -> dict[str, Any]:
+def _contamination(found: Curated, config: DataConfig) -> dict[str, Any]:
     hits = sorted(found.contamination.hits, key=lambda hit: (-hit.coverage, hit.item_id, hit.row_id))
     return {
         "action": config.decontaminate.action,
@@ -170,7 +168,7 @@ def _counts(tags: TagTable, name: str) -> dict[str, int]:
     return _ranked(Counter(tags.table.column(name).drop_null().to_pylist()))
 
 
-def _selection(found: "Curated", config: DataConfig) -> dict[str, Any] | None:
+def _selection(found: Curated, config: DataConfig) -> dict[str, Any] | None:
     selection = found.selection
     if selection is None:
         return None
