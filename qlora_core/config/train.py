@@ -10,14 +10,24 @@ from qlora_core.config.section import Section
 class TrainConfig(Section):
     """Settings of one trial. Defaults are the QLoRA paper's for 7B and 13B models (appendix B), sized in epochs."""
 
+    objective: Literal["sft", "dpo"] = Field(
+        default="sft", description="sft: learn the answers; dpo: prefer the better answer of each preference pair"
+    )
+    dpo_beta: float = Field(default=0.1, gt=0, le=100, description="how closely dpo holds the adapter to the base")
+    dpo_label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="share of pairs that dpo takes to be labelled the wrong way round"
+    )
     lora_rank: int = Field(default=64, ge=1, le=1024)
     lora_alpha: float = Field(default=16.0, gt=0)
     lora_dropout: float = Field(default=0.1, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    sensitive_layers: int | None = Field(
+        default=None, ge=1, description="adapt this many of the target layers, those a gradient probe finds steepest"
+    )
     rank_pattern: dict[str, int] = Field(default={}, description="another rank for modules, by name ending")
     use_rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
     use_dora: bool = Field(default=False, description="learn a magnitude for each output beside the direction")
-    lora_init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    lora_init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"] = "default"
     lora_plus_ratio: float = Field(default=1.0, gt=0, description="rate of B over that of A (LoRA+ uses 16)")
     learning_rate: float = Field(default=2e-4, gt=0, le=1)
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"

@@ -6,6 +6,7 @@ nothing of how one works.
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ def curate(
 
     redactor = Redactor(config.policy, config.tags.allow)
     remaining = Remaining(RowStore.concatenate(reading.rows for reading in readings))
+    # One holder of the texts, so that they can be let go of when they are written
+    readings = [replace(reading, rows=RowStore()) for reading in readings]
     _redact(remaining, redactor)
     remaining.keep(*drop_duplicates(remaining.rows, source_order, earlier_ids))
     _check_not_empty(remaining, readings)
@@ -229,8 +232,7 @@ def _select(remaining: Remaining, sides: dict[str, np.ndarray], limit: int, conf
 
 
 def _write(out: Path, found: Curated, chat: ChatTokenizer, config: DataConfig) -> dict[str, Any]:
-    rows = found.remaining.rows
-    kept_sources = [row.source for side in SIDES for row in rows.select(found.sides[side])]
+    kept_sources = [row.source for side in SIDES for row in found.remaining.rows.select(found.sides[side])]
     funnel = make_funnel(found.readings, kept_sources, found.remaining.dropped)
     logger.info("curation funnel:\n%s", funnel.table())
     _check_sides(found.sides, funnel.table(), found.limit)
@@ -241,6 +243,8 @@ def _write(out: Path, found: Curated, chat: ChatTokenizer, config: DataConfig) -
     quarantined = [entry for reading in found.readings for entry in reading.quarantined]
     write_quarantine(out / "quarantine.parquet", quarantined)
     chat.tokenizer.save_pretrained(str(out / "tokenizer"))
+    # The gate reads the written rows anew; two copies of the texts would be the peak of the whole stage
+    found.remaining.forget_rows()
     check_no_leaks(out, lambda stored: _clusters(stored, found, config))
     curation = summarize(found, funnel, written, packing, chat, config)
     (out / "card.md").write_text(make_card(curation, config.model_dump(mode="json")), encoding="utf-8")

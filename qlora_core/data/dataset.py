@@ -14,6 +14,8 @@ from qlora_core.data.shards import shard_files
 from qlora_core.errors import DataError
 
 BATCH_ROWS = 1024
+REJECTED = ("rejected_ids", "rejected_mask")
+"""Columns of preference pairs; null in other rows, and absent from sets curated before they were written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,17 @@ class TokenRow:
     id: str
     input_ids: list[int]
     loss_mask: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceRow(TokenRow):
+    """A row whose last answer was preferred to another one: the same conversation, ending on the worse answer.
+
+    `rejected_mask` is to `rejected_ids` what `loss_mask` is to `input_ids`, which hold the better one.
+    """
+
+    rejected_ids: list[int]
+    rejected_mask: list[bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +78,15 @@ class StoredConversations(Iterable[StoredConversation]):
 
 
 def read_split(folder: Path, split: str) -> list[TokenRow]:
-    """All rows of `train`, `validation` or `test`, ordered by id. Raises DataError for another name or a bad file."""
+    """All rows of `train`, `validation` or `test`, ordered by id; those that hold a preference pair are PreferenceRows.
+
+    Raises DataError for another name or a bad file.
+    """
     files = shard_files(folder, split)
-    return [TokenRow(*values) for values in _rows(files, ["id", "input_ids", "loss_mask"])]
+    return [
+        TokenRow(*row) if rejected_ids is None else PreferenceRow(row[0], row[1], row[2], rejected_ids, rejected_mask)
+        for *row, rejected_ids, rejected_mask in _rows(files, ["id", "input_ids", "loss_mask"], REJECTED)
+    ]
 
 
 def read_prompts(folder: Path, split: str, limit: int | None = None) -> list[PromptRow]:
@@ -87,13 +106,17 @@ def read_conversations(folder: Path, split: str) -> StoredConversations:
     return StoredConversations(folder, split)
 
 
-def _rows(files: Sequence[Path], names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """The rows of the files in order, each as its values in these columns."""
+def _rows(files: Sequence[Path], names: Sequence[str], optional: Sequence[str] = ()) -> Iterator[tuple[Any, ...]]:
+    """The rows of the files in order, each as its values in these columns; optional ones that are absent give None."""
     for path in files:
         try:
             with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(BATCH_ROWS, columns=list(names)):
-                    yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+                present = [name for name in optional if name in file.schema_arrow.names]
+                for batch in file.iter_batches(BATCH_ROWS, columns=[*names, *present]):
+                    # Columns held by the zip alone: a name for them would keep a batch alive beside the next one
+                    found = (batch.column(name).to_pylist() for name in (*names, *present))
+                    absent = ([None] * len(batch) for _ in range(len(optional) - len(present)))
+                    yield from zip(*found, *absent, strict=True)
         except (OSError, KeyError, pa.ArrowException) as error:
             raise _unusable(path, error) from error
 

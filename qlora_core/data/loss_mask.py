@@ -36,12 +36,17 @@ class TrainedTurn:
 
 @dataclass(frozen=True, slots=True)
 class MaskedRow:
-    """A row in tokens. `loss_mask[i]` says whether `input_ids[i]` carries loss; the turns are in order."""
+    """A row in tokens. `loss_mask[i]` says whether `input_ids[i]` carries loss; the turns are in order.
+
+    `rejected_ids` and `rejected_mask` are the same of the worse answer of a preference pair, see `preference_pairs`.
+    """
 
     row: Row
     input_ids: list[int]
     loss_mask: list[bool]
     turns: tuple[TrainedTurn, ...]
+    rejected_ids: list[int] | None = None
+    rejected_mask: list[bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,11 @@ class Remaining:
         self._store = RowStore.concatenate([self._store, changed])
         self.rows = self._store.select(places)
 
+    def forget_rows(self) -> None:
+        """Let go of the rows' texts once they are written; tags and the ledger stay."""
+        self._store = RowStore()
+        self.rows = self._store.select(np.empty(0, np.int64))
+
     def numbers(self, name: str) -> np.ndarray:
         """A numeric tag of all rows, float64; NaN where a row has none."""
         column = self.tags.table.column(name).combine_chunks().cast(pa.float64())

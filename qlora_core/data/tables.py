@@ -19,7 +19,8 @@ from qlora_core.data.shards import shard_name
 from qlora_core.errors import DataError
 
 # `train` says for each message whether it carries loss; `language` is what the data states, `tokens` the length of
-# `input_ids`. Measured tags follow as `tag_<name>`.
+# `input_ids`. `rejected_ids` and `rejected_mask` are the conversation with the worse answer of a preference pair, null
+# where there is none that can be trained on. Measured tags follow as `tag_<name>`.
 ROW_SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -34,6 +35,8 @@ ROW_SCHEMA = pa.schema(
         pa.field("tools", pa.string()),
         pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("loss_mask", pa.list_(pa.bool_()), nullable=False),
+        pa.field("rejected_ids", pa.list_(pa.int32())),
+        pa.field("rejected_mask", pa.list_(pa.bool_())),
         pa.field("tokens", pa.int32(), nullable=False),
         pa.field("licence", pa.string()),
         pa.field("generator", pa.string()),
@@ -170,6 +173,8 @@ def _columns(rows: Sequence[MaskedRow]) -> dict[str, list[Any]]:
         "reference": [m.row.messages[t.message_index].content for m, t in zip(rows, last, strict=True)],
         "input_ids": [masked.input_ids for masked in rows],
         "loss_mask": [masked.loss_mask for masked in rows],
+        "rejected_ids": [masked.rejected_ids for masked in rows],
+        "rejected_mask": [masked.rejected_mask for masked in rows],
         "tokens": [len(masked.input_ids) for masked in rows],
     }
 

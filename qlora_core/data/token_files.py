@@ -15,6 +15,7 @@ from qlora_core.config.data import DataConfig
 from qlora_core.data.chat_template import ChatTokenizer
 from qlora_core.data.loss_mask import MaskedRow, encode_proven, text_parts
 from qlora_core.data.packing import PACKS_FILE, pack_rows, packing_summary, sequence_tokens, write_packs
+from qlora_core.data.preference_pairs import log_lost_pairs, with_rejected
 from qlora_core.data.proof_tags import PROOF_SCHEMA
 from qlora_core.data.remaining import Remaining
 from qlora_core.data.tables import SplitWriter
@@ -76,6 +77,7 @@ def write_sides(
     """
     types = {entry.name: entry.type for entry in remaining.tags.table.schema if _is_written(entry)}
     written: dict[str, WrittenSide] = {}
+    lost_pairs: Counter[str] = Counter()
     recogniser = Recogniser(config.tags.allow)
     with progress_bar("Tokenizing", sum(map(len, sides.values()))) as advance:
         for side, positions in sides.items():
@@ -83,6 +85,7 @@ def write_sides(
             with SplitWriter(out, side, len(positions), config.shard_rows, types) as writer:
                 for batch in _batches(positions):
                     masked = _masked(remaining, batch, chat, limit, config)
+                    masked = with_rejected(chat, masked, limit, config.over_long, lost_pairs)
                     tags = remaining.tags.take(batch).table
                     writer.write(masked, {name: tags.column(name).combine_chunks() for name in types})
                     for one in masked:
@@ -90,6 +93,7 @@ def write_sides(
                         if side == "train" and len(written[side].samples) < SAMPLE_ROWS:
                             written[side].samples.append(_sample(chat, one, recogniser))
                     advance(len(batch))
+    log_lost_pairs(lost_pairs)
     return written
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_core.errors import ModelError
+from qlora_core.model.encoder_decoder import start_of_answer
 from qlora_core.quantization.checkpoint import read_safetensors_header
 
 CONFIG_FILE = "adapter_config.json"
@@ -28,6 +29,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PROVENANCE_FILE = "qlora.json"
 GOLDEN_PROMPTS_FILE = "golden.json"
 GOLDEN_LOGITS_FILE = "golden.safetensors"
+PARENTS_KEY = "parent_adapter_digests"
+"""In `qlora.json`: the adapters that lay under this one while it was trained, in order."""
 _PREFIX = "base_model.model."
 _BEYOND_LORA = (
     "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices", "lora_bias",
@@ -61,7 +64,8 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, expected_base_digest:
 
     Raises:
         ModelError: naming the first difference: a missing, damaged or pickled file, an adapter that is not plain LoRA,
-            a tensor that is missing, unknown, misshapen or not finite, or another base's digest.
+            a tensor that is missing, unknown, misshapen or not finite, another base's digest, or an adapter that was
+            trained on top of another.
     """
     read_fitting_adapter(base, folder, expected_base_digest=expected_base_digest)
     model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
@@ -69,14 +73,20 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, expected_base_digest:
 
 
 def read_fitting_adapter(
-    base: PreTrainedModel, folder: Path, *, expected_base_digest: str | None = None
+    base: PreTrainedModel,
+    folder: Path,
+    *,
+    expected_base_digest: str | None = None,
+    on_parents: Sequence[str] = (),
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """The settings and tensors of a PEFT folder, on the CPU, once they are known to be whole, finite and of this base.
 
-    Arguments and errors as of `attach_adapter`; the base is only looked at.
+    Arguments and errors as of `attach_adapter`; the base is only looked at. `on_parents`: digests of the adapters that
+    lie under it.
     """
     config = read_adapter_config(folder)
     _check_base_digest(folder, expected_base_digest)
+    _check_parents(folder, on_parents)
     tensors = read_adapter_tensors(folder)
     _check_fit(folder, expected_shapes(base, config), tensors)
     return config, tensors
@@ -183,12 +193,17 @@ def adapter_norms(folder: Path) -> AdapterNorms:
 
 
 def golden_logits(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """For each prompt (token ids, not empty) alone: the logits [vocabulary] after its last token, in float32 on CPU."""
+    """For each prompt (token ids, not empty) alone: the logits [vocabulary] after its last token, in float32 on CPU.
+
+    With an encoder and a decoder: those of the first token of the answer.
+    """
     was_training = model.training
     model.eval()
     with torch.inference_mode():
         logits = [
-            model(input_ids=torch.tensor([list(prompt)], device=model.device), use_cache=False).logits[0, -1]
+            model(
+                input_ids=torch.tensor([list(prompt)], device=model.device), use_cache=False, **start_of_answer(model)
+            ).logits[0, -1]
             for prompt in prompts
         ]
     model.train(was_training)
@@ -263,6 +278,18 @@ def _check_base_digest(folder: Path, expected: str | None) -> None:
         raise ModelError(
             f"{folder / PROVENANCE_FILE}: the adapter was trained on base {found}, the base in use is {expected}; use "
             "the base it was trained on"
+        )
+
+
+def _check_parents(folder: Path, present: Sequence[str]) -> None:
+    if not (folder / PROVENANCE_FILE).is_file():
+        return
+    wanted = _read_json(folder / PROVENANCE_FILE, "export the adapter again").get(PARENTS_KEY) or []
+    if list(wanted) != list(present):
+        raise ModelError(
+            f"{folder} was trained on top of {len(wanted)} other adapters ({', '.join(one[:16] for one in wanted)}), "
+            f"{len(present)} are under it here; load them together (attach_stack), or fuse them with `qlora compose`, "
+            "method sequential"
         )
 
 

@@ -248,7 +248,7 @@ def _read_shares(
     config, tensors = read_fitting_adapter(base, adapter.folder, expected_base_digest=expected_base_digest)
     for module in target_modules_of(tensors):
         a_name, b_name = tensor_names(module)
-        b_ro = tensors[b_name].float().t() * _scale(config, module)
+        b_ro = tensors[b_name].float().t() * lora_scale(config, module)
         if not torch.isfinite(b_ro).all():
             raise ModelError(
                 f"{adapter.folder}: {b_name} times lora_alpha / r is beyond float32; train the adapter again with a "
@@ -270,7 +270,7 @@ def _dora_gain(
     return (magnitude_o / norm_o).float()
 
 
-def _scale(config: LoraConfig, module: str) -> float:
+def lora_scale(config: LoraConfig, module: str) -> float:
     """PEFT's scale of one module: alpha / r, or alpha / sqrt(r) with rsLoRA; patterns may set both per module."""
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     rank = ranks.get(get_pattern_key(list(ranks), module), config.r)

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from qlora_core.errors import ModelError
+from qlora_core.model.encoder_decoder import is_encoder_decoder
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -118,8 +119,12 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
     """Whether documents end to end give the logits that each gives alone, up to rounding; if not, the log says why.
 
     Architectures without positions of their own, with recurrent or convolution layers, or with attention that is not
-    transformers' interface do not.
+    transformers' interface do not; nor do models of an encoder and a decoder, whose attention is biased by distances
+    within the whole sequence.
     """
+    if is_encoder_decoder(model):
+        _LOGGER.info("rows of %s are padded, for an encoder and a decoder read them", type(model).__name__)
+        return False
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = (7 * torch.arange(1, sum(_PROBE_LENGTHS) + 1, device=model.device)) % vocabulary
     alone_TV = torch.cat([model(input_ids=part[None], use_cache=False).logits[0] for part in ids.split(_PROBE_LENGTHS)])

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from qlora_core.errors import ModelError
 from qlora_core.model.adapter_set import AdapterSet, adapters_of_rows, rows_of
+from qlora_core.model.encoder_decoder import answer_start, encoder_decoder_inputs, is_encoder_decoder
 
 _PADDING_ID = 0  # any valid id does: the attention mask hides it
 
@@ -43,7 +44,8 @@ def sequence_losses(
     A row gives the sum over t >= 1 with loss_mask[t] of -ln p(input_ids[t] | input_ids[:t]). The first token is
     predicted from nothing and never counts; a row without counted tokens gives (0.0, 0). Softmax is taken in float32
     (or the logits' own dtype if wider), sums in float64. Rows are batched by length, padded on the right and masked, so
-    that the batch size changes a result by rounding only. The model is used as it is; put it into eval mode first.
+    that the batch size changes a result by rounding only. An encoder reads the prompt alone, see
+    `encoder_decoder`. The model is used as it is; put it into eval mode first.
     `adapters`, with an `AdapterSet` as the model: the name of each row's adapter, None for the base.
 
     Raises:
@@ -97,6 +99,12 @@ def _check_rows(rows: Sequence[ScoredRow], limit: int | None) -> None:
 
 
 def _batch_losses(model: PreTrainedModel | PeftModel, rows: Sequence[ScoredRow]) -> list[tuple[float, int]]:
+    if is_encoder_decoder(model):
+        with torch.inference_mode():
+            logits_btv = model(**encoder_decoder_inputs(model, rows)).logits
+            return [
+                _row_loss(logits_tv, row, answer_start(row)) for logits_tv, row in zip(logits_btv, rows, strict=True)
+            ]
     longest = max(len(row.input_ids) for row in rows)
     ids_bt = torch.full((len(rows), longest), _PADDING_ID, dtype=torch.long)
     attention_bt = torch.zeros((len(rows), longest), dtype=torch.long)
@@ -106,13 +114,15 @@ def _batch_losses(model: PreTrainedModel | PeftModel, rows: Sequence[ScoredRow])
     ids_bt, attention_bt = ids_bt.to(model.device), attention_bt.to(model.device)
     with torch.inference_mode():
         logits_btv = model(input_ids=ids_bt, attention_mask=attention_bt, use_cache=False).logits
-        return [_row_loss(logits_btv[place], ids_bt[place], row) for place, row in enumerate(rows)]
+        return [_row_loss(logits_btv[place], row, 1) for place, row in enumerate(rows)]
 
 
-def _row_loss(logits_tv: torch.Tensor, ids_t: torch.Tensor, row: ScoredRow) -> tuple[float, int]:
+def _row_loss(logits_tv: torch.Tensor, row: ScoredRow, first: int) -> tuple[float, int]:
+    """`first`: the place in the row of the token that the first logits predict."""
     places = [place for place, counts in enumerate(row.loss_mask) if counts and place > 0]
     targets_n = torch.tensor(places, device=logits_tv.device)
-    logits_nv = logits_tv[targets_n - 1]
+    logits_nv = logits_tv[targets_n - first]
+    ids_n = torch.tensor([row.input_ids[place] for place in places], device=logits_tv.device)
     wide = torch.promote_types(logits_nv.dtype, torch.float32)
-    nats_n = cross_entropy(logits_nv.to(wide), ids_t[targets_n], reduction="none")
+    nats_n = cross_entropy(logits_nv.to(wide), ids_n, reduction="none")
     return nats_n.double().sum().item(), len(places)

@@ -13,14 +13,18 @@ from transformers import PreTrainedModel
 
 from qlora_core.config.train import TrainConfig
 from qlora_core.errors import TrainingError
+from qlora_core.model.encoder_decoder import is_encoder_decoder
 from qlora_core.training.pack.factors import SlotWeights
 from qlora_core.training.pack.pack import linear_names
 
-_STARTS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa", "olora": "olora"}
+_STARTS: dict[str, Any] = {
+    "default": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa", "olora": "olora",
+    "loftq": True,  # from what quantization took, which the pack is handed, and over a base that stays as it is
+}  # fmt: skip
 
 
-def lora_config(base: PreTrainedModel, params: TrainConfig) -> LoraConfig:
-    """PEFT's settings of a trial's adapter on this base.
+def lora_config(base: PreTrainedModel, params: TrainConfig, modules: list[str] | None = None) -> LoraConfig:
+    """PEFT's settings of a trial's adapter on this base; `modules`: the layers it is put on, by whole names.
 
     Raises:
         TrainingError: target modules or rank patterns that match nothing, or settings that exclude each other.
@@ -36,13 +40,13 @@ def lora_config(base: PreTrainedModel, params: TrainConfig) -> LoraConfig:
         r=params.lora_rank,
         lora_alpha=_plain(params.lora_alpha),  # pyright: ignore[reportArgumentType]  # PEFT scales by any number
         lora_dropout=params.lora_dropout,
-        target_modules=targets,
+        target_modules=modules or targets,
         rank_pattern=dict(params.rank_pattern),
         use_rslora=params.use_rslora,
         use_dora=params.use_dora,
         init_lora_weights=_STARTS[params.lora_init],
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(base) else "CAUSAL_LM",
     )
 
 

@@ -15,9 +15,10 @@ _LEAST_HISTORY = 10
 
 
 def check_loss(loss: float, before: Sequence[float], params: TrainConfig, step: int, rows: Sequence[str]) -> None:
-    """Refuse the loss (nats per trained token, before any update) of `step`; `before` are those of earlier steps.
+    """Refuse the loss (nats per token or pair, before any update) of `step`; `before` are those of earlier steps.
 
-    A spike is a loss above `spike_factor` times the median of the last 50 steps, told from 10 steps on.
+    A spike is a loss above `spike_factor` times the median of the last 50 steps, told from 10 steps on; for dpo, that
+    median counts as ln 2 at least.
 
     Raises:
         NumericError: naming the step, the value and the rows.
@@ -30,7 +31,8 @@ def check_loss(loss: float, before: Sequence[float], params: TrainConfig, step: 
     recent = before[-SPIKE_WINDOW:]
     if params.spike_factor is None or len(recent) < _LEAST_HISTORY:
         return
-    usual = statistics.median(recent)
+    # A good pair loss is near 0, and one hard batch among easy ones is no fault; ln 2 is that of an untrained adapter
+    usual = max(statistics.median(recent), math.log(2) if params.objective == "dpo" else 0.0)
     if loss > params.spike_factor * usual:
         raise NumericError(
             f"the loss of step {step} is {loss:.4g} on rows {list(rows)}, more than train.spike_factor "

@@ -71,6 +71,12 @@ class TrialOptimizer:
         manager.paged_tensors = [tensor for tensor in manager.paged_tensors if id(tensor) not in paged]
         self._optimizer.state.clear()
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state that the optimizer holds now; none before the first step."""
+        held = (v for state in self._optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))
+        return sum(value.nbytes for value in held)
+
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """The whole state as `parameter name|key` to tensor copies on the CPU, counters as int64; empty at first."""
         tensors = {}

@@ -29,11 +29,11 @@ def train_pass(pack: Pack, runs: Sequence[TrialRun]) -> Iterator[tuple[TrialRun,
 
 def _train_group(pack: Pack, runs: Sequence[TrialRun]) -> Iterator[tuple[TrialRun, TrainingError | None]]:
     started = time.perf_counter()
-    taken = [run.next_part() for run in runs]
     try:
+        taken = [run.next_part() for run in runs]
         sums = pack.backward([part for part, _ in taken], [count for _, count in taken])
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         sums = None
     if sums is None:
@@ -73,5 +73,6 @@ def _let_go(pack: Pack) -> None:
         torch.cuda.empty_cache()
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch or Python says that memory did not suffice."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from qlora_core.data.dataset import TokenRow
+from qlora_core.data.dataset import PreferenceRow, TokenRow
 from qlora_core.digest import digest_json
 from qlora_core.errors import TrainingError
+from qlora_core.model.encoder_decoder import is_encoder_decoder, start_of_answer
 from qlora_core.model.loss import max_positions_of
 from qlora_core.training.batches import PackedRows, trained_tokens
+from qlora_core.training.preference import answers_of
+from qlora_core.training.trial import Trial
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +56,14 @@ def check_rows(rows: Sequence[TokenRow], base: PreTrainedModel, split: str) -> N
 
     Raises:
         TrainingError: a mask of another length than its row, a row longer than the base's positions, or a token
-            outside the base's vocabulary. The message names row and value.
+            outside the base's vocabulary, no prompt for an encoder. The message names row and value.
+        ModelError: an encoder-decoder base whose config does not say how an answer begins.
     """
+    start_of_answer(base)  # raises where the base names none
     positions = max_positions_of(base)
     vocabulary = base.config.get_text_config(decoder=True).vocab_size
-    for row in rows:
+    answers = (answer for row in rows for answer in (answers_of(row) if isinstance(row, PreferenceRow) else (row,)))
+    for row in answers:
         length = len(row.input_ids)
         if len(row.loss_mask) != length:
             raise TrainingError(f"{split} row {row.id!r} has {length} tokens but a loss mask of {len(row.loss_mask)}")
@@ -66,11 +72,32 @@ def check_rows(rows: Sequence[TokenRow], base: PreTrainedModel, split: str) -> N
                 f"{split} row {row.id!r} has {length} tokens, more than the base model's {positions} positions; "
                 f"set data.max_tokens to at most {positions}"
             )
+        if is_encoder_decoder(base) and row.loss_mask[0]:
+            raise TrainingError(
+                f"{split} row {row.id!r} is trained from its first token on, so the encoder of {type(base).__name__} "
+                "would have no prompt to read; leave the row out"
+            )
         if not 0 <= min(row.input_ids) <= max(row.input_ids) < vocabulary:
             raise TrainingError(
                 f"{split} row {row.id!r} holds token ids {min(row.input_ids)} to {max(row.input_ids)}, but the base "
                 f"model's vocabulary is 0 to {vocabulary - 1}; was the data curated with another tokenizer?"
             )
+
+
+def warn_of_few_examples(trial: Trial, count: int) -> None:
+    """Say that a trial's `count` examples do not fill one effective batch, so that every step takes all of them."""
+    params = trial.params
+    batch = params.micro_batch_size * params.gradient_accumulation_steps
+    if count < batch:
+        logger.warning(
+            "trial %s has %d training examples, fewer than its effective batch of %d (train.micro_batch_size %d times "
+            "train.gradient_accumulation_steps %d): every step takes all of them; lower one or curate more data",
+            trial.id,
+            count,
+            batch,
+            params.micro_batch_size,
+            params.gradient_accumulation_steps,
+        )
 
 
 def packed_rows(rows: Sequence[TokenRow], packs: Sequence[Sequence[str]]) -> PackedRows:
@@ -95,7 +122,14 @@ def packed_rows(rows: Sequence[TokenRow], packs: Sequence[Sequence[str]]) -> Pac
 
 def digest_rows(rows: Sequence[TokenRow]) -> str:
     """SHA-256 over ids, tokens and masks of the rows in their order."""
-    return digest_json([[row.id, list(row.input_ids), [int(trained) for trained in row.loss_mask]] for row in rows])
+    return digest_json([[row.id, *_content(row)] for row in rows])
+
+
+def _content(row: TokenRow) -> list[list[int]]:
+    content = [list(row.input_ids), [int(trained) for trained in row.loss_mask]]
+    if isinstance(row, PreferenceRow):
+        content += [list(row.rejected_ids), [int(trained) for trained in row.rejected_mask]]
+    return content
 
 
 def fingerprint_base(base: PreTrainedModel) -> str:

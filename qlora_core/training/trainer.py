@@ -13,20 +13,32 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from qlora_core.config.train import TrainConfig
 from qlora_core.data.dataset import TokenRow
 from qlora_core.digest import digest_json
 from qlora_core.errors import NumericError, TrainingError
 from qlora_core.model.base import PRECISIONS
+from qlora_core.model.encoder_decoder import is_encoder_decoder
 from qlora_core.model.packed_attention import check_isolation
 from qlora_core.progress import progress_bar
 from qlora_core.training.adapter_config import lora_config
 from qlora_core.training.checkpoint import CheckpointKeeper
 from qlora_core.training.checkpointing import recomputed_activations
 from qlora_core.training.export import capture, write_adapter
+from qlora_core.training.objectives import Objectives
+from qlora_core.training.original_weights import OriginalWeights
 from qlora_core.training.pack.pack import Pack
 from qlora_core.training.pass_loop import train_pass
-from qlora_core.training.preflight import check_rows, digest_rows, fingerprint_base, packed_rows, trainable_rows
-from qlora_core.training.scoring import validation_loss
+from qlora_core.training.preflight import (
+    check_rows,
+    digest_rows,
+    fingerprint_base,
+    packed_rows,
+    trainable_rows,
+    warn_of_few_examples,
+)
+from qlora_core.training.sensitivity import sensitive_modules
+from qlora_core.training.step_log import StepLog
 from qlora_core.training.trial import Trial, TrialProgress
 from qlora_core.training.trial_run import TrialRun
 from qlora_core.training.trial_shelf import TrialShelf
@@ -58,7 +70,9 @@ class Trainer:
     further than what is here.
 
     `packs` lists training rows by sequence, as `read_packs` gives them. Then a batch is made of sequences, and
-    `micro_batch_size` counts these; the loss stays the mean over trained tokens. Validation rows are never packed.
+    `micro_batch_size` counts these; the loss stays the mean over trained tokens. Validation rows are never packed, and
+    batches of preference pairs are made of pairs. `original` is the folder of the checkpoint that the base was
+    quantized from, for starts that need it.
 
     Raises TrainingError at once for data no trial can be trained on: no rows, all labels masked, rows longer than the
     base's positions, tokens outside its vocabulary, packs of other rows; and ModelError for packs on a base that does
@@ -74,11 +88,13 @@ class Trainer:
         keeper: CheckpointKeeper | None = None,
         packs: Sequence[Sequence[str]] | None = None,
         limits: PassLimits | None = None,
+        original: Path | None = None,
     ) -> None:
         self._base = base
         self._limits = limits or PassLimits()
+        self._original = original
         self._train = trainable_rows(train, "train")
-        self._sequences: Sequence[TokenRow] = self._train if packs is None else packed_rows(self._train, packs)
+        sequences: Sequence[TokenRow] = self._train if packs is None else packed_rows(self._train, packs)
         self._validation = trainable_rows(validation, "validation")
         check_rows(self._train, base, "train")
         check_rows(self._validation, base, "validation")
@@ -88,16 +104,25 @@ class Trainer:
         inputs = {"training data": digest_rows(self._train), "base model": fingerprint_base(base)}
         self._pack = Pack(base)
         if packs is not None:
+            if is_encoder_decoder(base):
+                raise TrainingError(
+                    f"{type(base).__name__} has an encoder and a decoder, and rows cannot share a sequence of theirs; "
+                    "set data.packing.enabled to false"
+                )
             if not self._pack.end_to_end:  # which is to keep documents apart already
                 check_isolation(base)
             inputs["packed sequences"] = digest_json([list(ids) for ids in packs])
         self._shelf = TrialShelf(work_dir, inputs, keeper)
+        self._objectives = Objectives(self._pack, self._train, sequences, self._validation)
+        self._log = StepLog(work_dir, base.device)
+        self._held: dict[str, TrialRun] = {}
 
     def run(
         self,
         trials: Sequence[Trial],
         until_step: int | Sequence[int] | None,
         should_stop: Callable[[], bool] = _never,
+        should_return: Callable[[], bool] | None = None,
     ) -> list[TrialProgress]:
         """Train the trials together to `until_step` (one for all or one each; None: their end), and score them.
 
@@ -108,9 +133,15 @@ class Trainer:
         every step: once true, every trial is checkpointed at its last whole step and comes back as `interrupted`, to be
         taken up by the same call later. Results are in the order of `trials`.
 
+        With `should_return`, the call ends as soon as one trial is where it should be or cannot go on, or when that is
+        true, asked before every pass. The others come back as `interrupted` too and are `held`: they stay in their
+        slots, even in the middle of a step, and the next call that names them goes on there. A call that does not name
+        a held trial checkpoints it and lets it go, as `release` does.
+
         A trial that cannot go on comes back with its `error`, and the others go on: a loss or gradient that is not
         finite or jumps even after two roll-backs, memory that does not suffice for one row, a checkpoint of other
-        settings, data or base, target modules that match nothing. Checkpoints taken before stay usable.
+        settings, data or base, target modules that match nothing, preference learning on data without pairs.
+        Checkpoints taken before stay usable.
 
         Raises:
             TrainingError: the call itself is impossible, or the disk refuses.
@@ -126,11 +157,30 @@ class Trainer:
         with _BaseUntouched(self._base):
             segment = _Segment(self, [trial.id for trial in trials])
             try:
+                self._release_but(ids)
                 segment.enter(trials, until)
-                segment.train(should_stop)
+                segment.train(should_stop, should_return)
                 return segment.score()
             finally:
                 segment.close()
+
+    @property
+    def held(self) -> frozenset[str]:
+        """The trials that stay in their slots between calls."""
+        return frozenset(self._held)
+
+    def release(self) -> None:
+        """Checkpoint what is held at its last whole step, and free the slots."""
+        self._release_but(())
+
+    def _release_but(self, kept: Sequence[str]) -> None:
+        for name in self._held.keys() - set(kept):
+            run = self._held.pop(name)
+            try:
+                run.drop_open_step()
+                self._shelf.save_if_new(run)
+            finally:
+                self._end(run)
 
     def export(self, trial: Trial, out: Path) -> None:
         """Write the trial's newest checkpoint to `out` as a PEFT folder with golden logits, verified by reloading it.
@@ -138,6 +188,7 @@ class Trainer:
         Raises:
             TrainingError: there is no checkpoint, nothing was learned, or the folder does not reproduce the logits.
         """
+        self.release()
         run = self._begin(trial)
         try:
             if not self._shelf.resume(run):
@@ -155,9 +206,27 @@ class Trainer:
                 f"trial {trial.id} asks for precision {trial.params.precision}, but the base is loaded in "
                 f"{self._base.dtype}; load it in that precision or use train.precision: auto"
             )
-        slot = self._pack.fill(lora_config(self._base, trial.params), trial.params.seed)
-        weights = self._pack.weights(slot)
-        return TrialRun(trial, slot, weights, self._sequences, most_rows=self._limits.most_rows)
+        examples = self._objectives.examples(trial.params.objective)
+        config = lora_config(self._base, trial.params, self._modules(trial))
+        slot = self._pack.fill(config, trial.params.seed, self._residuals(trial.params))
+        return TrialRun(trial, slot, self._pack.weights(slot), examples, most_rows=self._limits.most_rows)
+
+    def _modules(self, trial: Trial) -> list[str] | None:
+        """The layers a probe chooses, or has chosen for the trial before; None where the settings name them."""
+        if trial.params.sensitive_layers is None:
+            return None
+        examples = self._objectives.examples(trial.params.objective)
+        return self._shelf.adapted_modules(trial) or sensitive_modules(self._pack, trial.params, examples)
+
+    def _residuals(self, params: TrainConfig) -> OriginalWeights | None:
+        if params.lora_init != "loftq":
+            return None
+        if self._original is None:
+            raise TrainingError(
+                "train.lora_init loftq needs the unquantized weights, and this base comes without them; name a "
+                "checkpoint as base.model, or use another train.lora_init"
+            )
+        return OriginalWeights(self._original)
 
     def _end(self, run: TrialRun) -> None:
         run.optimizer.release()
@@ -181,8 +250,12 @@ class _BaseUntouched:
             )
 
     def _places(self) -> dict[str, tuple[int, int]]:
-        """Where each weight lies and how often it was written in place; writes through `.data` escape it."""
-        return {name: (value.data_ptr(), value._version) for name, value in self._base.named_parameters()}
+        """Where each weight lies and how often it was written in place; writes through `.data` escape it.
+
+        A held trial's adapter is on the base already, so names are taken as they are without one.
+        """
+        weights = ((name.replace(".base_layer.", "."), value) for name, value in self._base.named_parameters())
+        return {name: (value.data_ptr(), value._version) for name, value in weights}
 
 
 class _Segment:
@@ -195,6 +268,7 @@ class _Segment:
         self._runs: dict[str, TrialRun] = {}
         self._results: dict[str, TrialProgress] = {}
         self._interrupted = False
+        self._returns_early = False
 
     def enter(self, trials: Sequence[Trial], until: Sequence[int | None]) -> None:
         """Fill a slot for each trial and take it up where its checkpoint left it."""
@@ -203,6 +277,11 @@ class _Segment:
 
     def _enter(self, trial: Trial, until_step: int | None) -> None:
         trainer = self._trainer
+        held = trainer._held.pop(trial.id, None)
+        if held is not None:
+            self._runs[trial.id] = held
+            self._until[trial.id] = held.total_steps if until_step is None else min(until_step, held.total_steps)
+            return
         try:
             run = trainer._begin(trial)
         except TrainingError as error:
@@ -214,12 +293,15 @@ class _Segment:
         except TrainingError as error:
             self._fail(run, error)
             return
+        if not run.counters.step:
+            warn_of_few_examples(trial, len(trainer._objectives.examples(trial.params.objective).lengths))
+        trainer._log.begin(run)
         self._until[trial.id] = run.total_steps if until_step is None else min(until_step, run.total_steps)
         if (earlier := run.progress_at(self._until[trial.id])) is not None:
             self._results[trial.id] = earlier
 
-    def train(self, should_stop: Callable[[], bool]) -> None:
-        """Passes until every trial is where it should be, has failed, or training is asked to stop."""
+    def train(self, should_stop: Callable[[], bool], should_return: Callable[[], bool] | None) -> None:
+        """Passes until every trial is where it should be, has failed, or training is asked to stop or to return."""
         configured = any(run.trial.params.gradient_checkpointing for run in self._runs.values())
         title = f"Training {' '.join(self._order)}"
         with (
@@ -231,8 +313,13 @@ class _Segment:
                 if any(run.between_steps for run in going) and should_stop():
                     self._interrupted = True
                     break
+                if should_return is not None and (len(going) < len(self._order) or should_return()):
+                    self._returns_early = True
+                    return
                 for run, fault in train_pass(self._trainer._pack, going):
                     before = run.counters.step
+                    if fault is None:
+                        self._trainer._log.add(run, len(going))
                     self._settle(run, fault)
                     advance(run.counters.step - before if fault else 1)
         for run in self._going():
@@ -241,19 +328,16 @@ class _Segment:
 
     def score(self) -> list[TrialProgress]:
         """The results in the order asked for; trials without one yet are scored, unless training was to stop."""
-        trainer = self._trainer
         for name, run in self._runs.items():
             if name in self._results:
                 continue
-            if self._interrupted and run.counters.step < self._until[name]:
+            if (self._interrupted or self._returns_early) and run.counters.step < self._until[name]:
                 self._results[name] = run.progress(None)
                 continue
-            try:
-                loss = validation_loss(trainer._pack, run.slot, trainer._validation, name, run.counters.step)
-            except TrainingError as error:
-                self._results[name] = run.progress(None, str(error))
-            else:
-                self._results[name] = run.progress(loss)
+            self._results[name] = self._trainer._objectives.score(run)
+        if self._returns_early:
+            going = [name for name in self._runs if self._results[name].interrupted]
+            self._trainer._held.update((name, self._runs.pop(name)) for name in going)
         return [self._results[name] for name in self._order]
 
     def close(self) -> None:
@@ -290,6 +374,7 @@ class _Segment:
         start = run.counters
         run.counters = reached
         run.recover(fault, replace(start, recoveries=reached.recoveries))
+        self._trainer._log.begin(run)
         # Else a crash before the next checkpoint would forget the recovery and meet the fault again
         self._trainer._shelf.save(run)
 

@@ -36,10 +36,12 @@ class TrialProgress:
     """Where a trial stands after a segment of training.
 
     `curve` has one entry per optimizer step: `step` (from 1), `loss` (nats per trained token over the effective batch,
-    before the update), `learning_rate`, `grad_norm` (before clipping), `tokens` (trained tokens of the step).
-    `tokens` and `seconds` add up over all segments. `validation_loss` is in nats per trained token, and None only when
+    before the update; per pair where pairs are learned from), `learning_rate`, `grad_norm` (before clipping), `tokens`
+    (trained tokens of the step).
+    `tokens` and `seconds` add up over all segments. `validation_loss` is in the same unit, and None only when
     `interrupted` or with an `error`. Interrupted: training was asked to stop, the checkpoint holds everything, and the
-    same call goes on from it.
+    same call goes on from it. `reward_accuracy`: the share of validation pairs whose better answer has the higher
+    implicit reward; None where none are scored, and for a loss known from before.
     `optimizer` says what really ran, with any departure from the setting; `micro_batch_size` how many rows at a time in
     the end. `error` says why the trial cannot go on; its neighbours in the pack did. `recoveries` are its roll-backs:
     at which `step`, `back_to` which, the `cause`, and how many batches were skipped.
@@ -57,3 +59,4 @@ class TrialProgress:
     error: str | None = None
     micro_batch_size: int = 0
     recoveries: list[dict[str, Any]] = field(default_factory=list)
+    reward_accuracy: float | None = None

@@ -6,16 +6,16 @@ the pack, nor what ran before in the process, nor a resume can change it. Knows 
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from qlora_core.data.dataset import TokenRow
 from qlora_core.errors import NumericError, TrainingError
 from qlora_core.training.adapter_config import check_loadable
-from qlora_core.training.batches import BatchOrder, PackedRow, trained_tokens
+from qlora_core.training.batches import BatchOrder
+from qlora_core.training.examples import Examples
 from qlora_core.training.guard import check_loss, check_norm
 from qlora_core.training.optimizer import TrialOptimizer
 from qlora_core.training.pack.factors import SlotWeights
@@ -38,18 +38,21 @@ class Counters:
 
 @dataclass
 class _OpenStep:
-    """The effective batch that is being summed up: its rows, how many are done, and their loss sums so far."""
+    """The effective batch that is being summed up: its examples, how many are done, and their loss sums so far.
 
-    rows: list[TokenRow]
-    tokens: int
+    `weight` is what the sum of all is divided by.
+    """
+
+    places: list[int]
+    weight: int
     done: int = 0
     sums: list[torch.Tensor] = field(default_factory=list)
 
 
 class TrialRun:
-    """A trial that can take steps. `slot` is its place in the pack, `weights` the adapter there.
+    """A trial that can take steps on its `examples`. `slot` is its place in the pack, `weights` the adapter there.
 
-    `most_rows`: micro-batches have no more rows than that, whatever the settings; their sums stay the same.
+    `most_rows`: micro-batches have no more examples than that, whatever the settings; their sums stay the same.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class TrialRun:
         trial: Trial,
         slot: int,
         weights: SlotWeights,
-        rows: Sequence[TokenRow],
+        examples: Examples,
         *,
         most_rows: int | None = None,
     ) -> None:
@@ -66,12 +69,12 @@ class TrialRun:
         self.weights = weights
         self.optimizer = TrialOptimizer(weights.flat(), trial.params)
         self.counters = Counters(scores=dict(trial.scores))
-        self.total_steps = total_steps(trial.params, len(rows))
+        self.total_steps = total_steps(trial.params, len(examples.lengths))
         self.micro_batch_size = min(trial.params.micro_batch_size, most_rows or trial.params.micro_batch_size)
-        self._rows = rows
+        self._examples = examples
         self._open: _OpenStep | None = None
         self._order = BatchOrder(
-            [len(row.input_ids) for row in rows],
+            examples.lengths,
             trial.params.micro_batch_size * trial.params.gradient_accumulation_steps,
             seed=trial.params.seed,
             group_by_length=trial.params.group_by_length,
@@ -82,15 +85,22 @@ class TrialRun:
         """Whether the next micro-batch begins an effective batch."""
         return self._open is None
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of what belongs to the trial alone: adapter, gradients and optimizer state."""
+        held = (tensor for value in self.weights.flat().values() for tensor in (value, value.grad))
+        return self.optimizer.state_bytes + sum(tensor.nbytes for tensor in held if tensor is not None)
+
     def next_part(self) -> tuple[Part, int]:
-        """The rows of the next micro-batch, and the trained tokens of the whole effective batch it belongs to."""
+        """The next micro-batch, and what the loss sum of the whole effective batch it belongs to is divided by."""
         if self._open is None:
             skipped = sum(recovery["skipped_batches"] for recovery in self.counters.recoveries)
-            rows = [self._rows[index] for index in self._order.batch(self.counters.step + skipped)]
-            self._open = _OpenStep(rows, sum(trained_tokens(row) for row in rows))
+            places = self._order.batch(self.counters.step + skipped)
+            self._open = _OpenStep(places, self._examples.weight(places))
         begun = self._open
-        rows = begun.rows[begun.done : begun.done + self.micro_batch_size]
-        return Part(self.slot, rows, begun.done, self.counters.step), begun.tokens
+        places = begun.places[begun.done : begun.done + self.micro_batch_size]
+        part = self._examples.part(places, self.slot, begun.done, self.counters.step, self.trial.params)
+        return part, begun.weight
 
     def take(self, loss_sum: torch.Tensor, seconds: float) -> bool:
         """Add the loss sum (nats) of the last part, whose gradients are in the slot; True once a step was taken by it.
@@ -106,7 +116,7 @@ class TrialRun:
         begun.sums.append(loss_sum)
         begun.done += self.micro_batch_size
         self.counters.seconds += seconds
-        if begun.done < len(begun.rows):
+        if begun.done < len(begun.places):
             return False
         self._finish(begun)
         return True
@@ -130,16 +140,17 @@ class TrialRun:
         rate = learning_rate(params, step, self.total_steps) * self.rate_factor
         # Read once a step: every read waits for a GPU
         sums = torch.stack(begun.sums).double().tolist()
-        loss = math.fsum(sums) / begun.tokens
-        check_loss(loss, [entry["loss"] for entry in self.counters.curve], params, step + 1, _ids(begun.rows))
+        loss = math.fsum(sums) / begun.weight
+        ids, tokens = self._examples.ids(begun.places), self._examples.tokens(begun.places)
+        check_loss(loss, [entry["loss"] for entry in self.counters.curve], params, step + 1, ids)
         norm = torch.nn.utils.clip_grad_norm_(self.weights.flat().values(), params.max_grad_norm).item()
-        check_norm(norm, step + 1, rate, _ids(begun.rows))
+        check_norm(norm, step + 1, rate, ids)
         self.optimizer.step(rate)
         self._open = None
         self.counters.step += 1
-        self.counters.tokens += begun.tokens
+        self.counters.tokens += tokens
         self.counters.seconds += time.perf_counter() - started
-        entry = {"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": begun.tokens}
+        entry = {"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": tokens}
         self.counters.curve.append(entry)
 
     @property
@@ -192,7 +203,9 @@ class TrialRun:
             list(state.get("recoveries", ())),
         )
 
-    def progress(self, validation_loss: float | None, error: str | None = None) -> TrialProgress:
+    def progress(
+        self, validation_loss: float | None, error: str | None = None, reward_accuracy: float | None = None
+    ) -> TrialProgress:
         """Where the trial stands; without a validation loss or an error it counts as interrupted."""
         counters = self.counters
         return TrialProgress(
@@ -208,6 +221,7 @@ class TrialRun:
             error=error,
             micro_batch_size=self.micro_batch_size,
             recoveries=list(counters.recoveries),
+            reward_accuracy=reward_accuracy,
         )
 
     def progress_at(self, step: int) -> TrialProgress | None:
@@ -217,7 +231,3 @@ class TrialRun:
         curve = [entry for entry in self.counters.curve if entry["step"] <= step]
         tokens = sum(entry["tokens"] for entry in curve)
         return replace(self.progress(self.counters.scores[step]), step=step, curve=curve, tokens=tokens)
-
-
-def _ids(rows: Sequence[TokenRow]) -> list[str]:
-    return [row_id for row in rows for row_id in (row.row_ids if isinstance(row, PackedRow) else (row.id,))]

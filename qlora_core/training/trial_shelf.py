@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_core.errors import TrainingError
+from qlora_core.model.adapter import target_modules_of
 from qlora_core.training.checkpoint import Checkpoint, CheckpointKeeper, newest_checkpoint, save_checkpoint
 from qlora_core.training.trial import Trial
 from qlora_core.training.trial_run import TrialRun
@@ -64,6 +65,13 @@ class TrialShelf:
         run.restore(state, checkpoint.adapter(), checkpoint.optimizer())
         logger.info("trial %s goes on from %s", run.trial.id, checkpoint.folder)
         return True
+
+    def adapted_modules(self, trial: Trial) -> list[str] | None:
+        """The layers that the trial's newest checkpoint adapts, by whole names; None where it has none."""
+        checkpoint = self._newest(trial)
+        if checkpoint is None or _misfit(checkpoint.state()["identity"], self._identity(trial)):
+            return None
+        return target_modules_of(checkpoint.adapter())
 
     def _newest(self, trial: Trial) -> Checkpoint | None:
         """The newest valid checkpoint of a trial, brought here first if a newer one is kept elsewhere and fits."""

@@ -9,16 +9,26 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
+from peft.utils.loftq_utils import _low_rank_decomposition
 
 from qlora_core.errors import TrainingError
 from qlora_core.model.dense_weight import dense_weight
 from qlora_core.training.pack.dropout import module_key
 
 _BASE_CHANGING = ("pissa", "olora")
+
+
+class Residuals(Protocol):
+    """What quantization took from a base's layers."""
+
+    def residual(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """The original weight of the linear layer `name` less the `stored` one, both [O, I]."""
+        ...
 
 
 @dataclass
@@ -63,11 +73,18 @@ class FlatWeights:
 class SlotWeights:
     """All factors of one adapter, by module name, in the modules' order.
 
-    `modules`: the linear layers that are adapted. Raises TrainingError for a start that this base cannot have.
+    `modules`: the linear layers that are adapted. With `residuals` the adapter begins as the best approximation of
+    these (LoftQ, Li et al. 2023, with the quantized base as it is stored, so after one step of its alternation).
+    Raises TrainingError for a start that this base cannot have.
     """
 
     def __init__(
-        self, modules: Mapping[str, torch.nn.Module], config: LoraConfig, seed: int, dtype: torch.dtype
+        self,
+        modules: Mapping[str, torch.nn.Module],
+        config: LoraConfig,
+        seed: int,
+        dtype: torch.dtype,
+        residuals: Residuals | None = None,
     ) -> None:
         self.config = config
         device = next(iter(modules.values())).weight.device
@@ -89,7 +106,8 @@ class SlotWeights:
                 magnitude=self.m.view(places[2], (wide_out,)) if config.use_dora else None,
             )
             places = [places[0] + rank * wide_in, places[1] + rank * wide_out, places[2] + (count and wide_out)]
-            _begin(factors, name, modules[name], config, seed)
+            residual = None if residuals is None else residuals.residual(name, dense_weight(modules[name]))
+            _begin(factors, name, modules[name], config, seed, residual)
             self.factors[name] = factors
 
     def flat(self) -> dict[str, torch.nn.Parameter]:
@@ -132,8 +150,15 @@ def _takes_from_base(config: LoraConfig) -> bool:
 
 
 @torch.no_grad()
-def _begin(factors: Factors, name: str, module: torch.nn.Module, config: LoraConfig, seed: int) -> None:
-    """The first values of one module's factors: by PEFT's own rules, drawn from (seed, module) alone."""
+def _begin(
+    factors: Factors,
+    name: str,
+    module: torch.nn.Module,
+    config: LoraConfig,
+    seed: int,
+    residual: torch.Tensor | None,
+) -> None:
+    """The first values of one module's factors: by PEFT's own rules, drawn from (seed, module), and from a residual."""
     start = config.init_lora_weights
     draw = int.from_bytes(hashlib.sha256(f"init/{seed}/{name}".encode()).digest()[:8]) >> 1
     if start is True:
@@ -143,10 +168,25 @@ def _begin(factors: Factors, name: str, module: torch.nn.Module, config: LoraCon
         factors.a.copy_(fresh)
     else:
         _begin_as_peft(factors, module, config, draw)
+    if residual is not None:
+        _take_in(factors, residual)
     if factors.magnitude is not None:
         weight = dense_weight(module)
         delta = factors.scale * (factors.b.float() @ factors.a.float())
         factors.magnitude.copy_(torch.linalg.vector_norm(weight + delta.to(weight), dim=1))
+
+
+def _take_in(factors: Factors, residual: torch.Tensor) -> None:
+    """scale * B A becomes the best approximation of the residual by the factors' rank, split evenly over A and B.
+
+    A rank beyond that of the residual begins as it would without one.
+    """
+    rank = min(factors.a.shape[0], *residual.shape)
+    found = _low_rank_decomposition(residual.float(), reduced_rank=rank)
+    # PEFT leaves the scale out, and so begins elsewhere unless alpha is the rank
+    root = math.sqrt(factors.scale)
+    factors.a[:rank].copy_(found["R"] / root)
+    factors.b[:, :rank].copy_(found["L"] / root)
 
 
 def _begin_as_peft(factors: Factors, module: torch.nn.Module, config: LoraConfig, draw: int) -> None:

@@ -13,18 +13,24 @@ from transformers import PreTrainedModel
 
 from qlora_core.data.dataset import TokenRow
 from qlora_core.model.document_attention import document_inputs
+from qlora_core.model.encoder_decoder import answer_start, encoder_decoder_inputs, is_encoder_decoder
 from qlora_core.model.packed_attention import document_positions, isolating_inputs
 from qlora_core.training.batches import PackedRow, labels_of
+from qlora_core.training.preference import PairTerms
 
 
 @dataclass(frozen=True)
 class Part:
-    """One trial's rows of a pass: `first_row` is the place of `rows[0]` in the trial's effective batch."""
+    """One trial's rows of a pass: `first_row` is the place of `rows[0]` in the trial's effective batch.
+
+    With `pairs`, rows 2i and 2i + 1 are the better and the worse answer of preference pair i.
+    """
 
     slot: int
     rows: Sequence[TokenRow]
     first_row: int
     step: int
+    pairs: PairTerms | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Layout:
     """One pass over the base: `inputs` of its forward, the spans of its slots, and what is predicted where.
 
     `kept` (int64 [P]) are flat positions, `labels` [P] the tokens to predict there, `bounds` each part's range of P.
+    With an encoder and a decoder these are the decoder's, and `source_spans` are the spans among the encoder's tokens.
     """
 
     inputs: dict[str, Any]
@@ -56,10 +63,13 @@ class Layout:
     labels: torch.Tensor
     bounds: tuple[tuple[int, int], ...]
     end_to_end: bool
+    source_spans: tuple[Span, ...] = ()
 
 
 def lay_out(parts: Sequence[Part], base: PreTrainedModel, *, end_to_end: bool) -> Layout:
     """The pass that computes all parts at once; every part has at least one row."""
+    if is_encoder_decoder(base):
+        return _encoder_decoder(parts, base)
     return _end_to_end(parts, base.device) if end_to_end else _padded(parts, base)
 
 
@@ -106,6 +116,27 @@ def _padded(parts: Sequence[Part], base: PreTrainedModel) -> Layout:
         bounds.append((first_kept, len(kept)))
     inputs: dict[str, Any] = {"input_ids": ids_BL.to(device), **_mask_inputs(every, mask_BL.to(device), base)}
     return Layout(inputs, tuple(spans), _ints(kept, device), _ints(labels, device), tuple(bounds), end_to_end=False)
+
+
+def _encoder_decoder(parts: Sequence[Part], base: PreTrainedModel) -> Layout:
+    inputs = encoder_decoder_inputs(base, [row for part in parts for row in part.rows])
+    source, target = inputs["input_ids"].shape[1], inputs["decoder_input_ids"].shape[1]
+    kept: list[int] = []
+    labels: list[int] = []
+    spans, source_spans, bounds = [], [], []
+    place = 0
+    for part in parts:
+        count, first_kept = len(part.rows), len(kept)
+        for own, row in enumerate(part.rows):
+            # The token predicted at position t of the row is the decoder's token t + 1 - start
+            kept.extend((place + own) * target + token + 1 - answer_start(row) for token, _ in labels_of(row))
+            labels.extend(label for _, label in labels_of(row))
+        spans.append(_span(part, place * target, (place + count) * target, [target] * count, base.device))
+        source_spans.append(_span(part, place * source, (place + count) * source, [source] * count, base.device))
+        bounds.append((first_kept, len(kept)))
+        place += count
+    where = (_ints(kept, base.device), _ints(labels, base.device))
+    return Layout(inputs, tuple(spans), *where, tuple(bounds), end_to_end=False, source_spans=tuple(source_spans))
 
 
 def _mask_inputs(rows: Sequence[TokenRow], mask_BL: torch.Tensor, base: PreTrainedModel) -> dict[str, Any]:

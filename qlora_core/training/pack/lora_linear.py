@@ -25,13 +25,22 @@ Work = tuple[Span, Factors, bool]
 
 
 class PassState:
-    """What every adapted layer of a pack asks for: the spans of the pass that runs now, and whether dropout is on."""
+    """What every adapted layer of a pack asks for: the spans of the pass that runs now, and whether dropout is on.
+
+    In a model of an encoder and a decoder, layers see the tokens of one or of the other.
+    """
 
     def __init__(self) -> None:
         self.spans: Sequence[Span] = ()
+        self.source_spans: Sequence[Span] = ()
         self.dropout = False
         # Autograd calls a function's backward only where an input wants a gradient; the first layer's x wants none
         self.anchor = torch.zeros((), requires_grad=True)
+
+    def spans_of(self, x: torch.Tensor) -> Sequence[Span]:
+        """The spans among the tokens of x: an encoder's if there are as many; with as many of both, they are equal."""
+        source = self.source_spans
+        return source if source and x.shape[:-1].numel() == source[-1].stop else self.spans
 
 
 class PackedLoraLinear(torch.nn.Module):
@@ -53,7 +62,7 @@ class PackedLoraLinear(torch.nn.Module):
         y = self.base_layer(x)
         state = self.state
         plain: list[Work] = []
-        for span in state.spans:
+        for span in state.spans_of(x):
             factors = self.factors.get(span.slot)
             if factors is None:
                 continue

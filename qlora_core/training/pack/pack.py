@@ -7,7 +7,7 @@ Shapes: P predicted positions of a pass, V vocabulary.
 import functools
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,11 +15,13 @@ from peft import LoraConfig
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from qlora_core.data.dataset import TokenRow
 from qlora_core.errors import TrainingError
 from qlora_core.model.document_attention import document_attention, keeps_documents_apart
-from qlora_core.training.pack.factors import SlotWeights
+from qlora_core.training.pack.factors import Residuals, SlotWeights
 from qlora_core.training.pack.layout import Layout, Part, Span, lay_out
 from qlora_core.training.pack.lora_linear import PackedLoraLinear, PassState
+from qlora_core.training.preference import loss_sum, row_log_probs
 
 
 class Pack:
@@ -37,15 +39,16 @@ class Pack:
         self._layers: dict[str, PackedLoraLinear] = {}
         self._slots: dict[int, SlotWeights] = {}
 
-    def fill(self, config: LoraConfig, seed: int) -> int:
+    def fill(self, config: LoraConfig, seed: int, residuals: Residuals | None = None) -> int:
         """Put a fresh adapter on the base; returns its slot. `config.target_modules` are name endings that exist.
 
-        Equal seeds give equal weights, whatever else is in the pack. Weights are float32, or wider over a wider base.
+        `residuals`: begin from what quantization took, see `SlotWeights`. Equal seeds give equal weights, whatever else
+        is in the pack. Weights are float32, or wider over a wider base.
         """
         names = _matching(self.base, config.target_modules or ())
         modules = {name: self._linear(name) for name in names}
         dtype = torch.promote_types(self.base.dtype, torch.float32)
-        weights = SlotWeights(modules, config, seed, dtype)
+        weights = SlotWeights(modules, config, seed, dtype, residuals)
         slot = next(number for number in range(len(self._slots) + 1) if number not in self._slots)
         self._slots[slot] = weights
         for name, factors in weights.factors.items():
@@ -65,21 +68,33 @@ class Pack:
         """The adapter in a slot."""
         return self._slots[slot]
 
-    def backward(self, parts: Sequence[Part], token_counts: Sequence[int], *, dropout: bool = True) -> torch.Tensor:
-        """Add to every slot's gradient that of (its part's loss sum) / (its entry of `token_counts`); returns the sums.
+    def backward(self, parts: Sequence[Part], divisors: Sequence[int], *, dropout: bool = True) -> torch.Tensor:
+        """Add to every slot's gradient that of (its part's loss sum) / (its entry of `divisors`); returns the sums.
 
-        The sums are detached, [parts], on the base's device, finite or not. Checkpointed layers run again in here, so
-        the whole pass is one call.
+        Summed is -ln p over trained tokens, or the loss over preference pairs where the part holds these. The sums are
+        detached, [parts], on the base's device, finite or not. Checkpointed layers run again in here, so the whole pass
+        is one call.
         """
         layout = lay_out(parts, self.base, end_to_end=self.end_to_end)
-        attention = document_attention(self.base) if layout.end_to_end else nullcontext()
-        with self._pass(layout.spans, dropout=dropout), attention:
+        with self._pass(layout.spans, layout.source_spans, dropout=dropout), self._attention():
             nats_P = self._nats(layout)
-            sums = torch.stack([nats_P[start:stop].sum() for start, stop in layout.bounds])
-            weights = torch.tensor([1 / count for count in token_counts], dtype=sums.dtype, device=sums.device)
+            sums = torch.stack(
+                [
+                    loss_sum(nats_P[start:stop], part.rows, part.pairs)
+                    for part, (start, stop) in zip(parts, layout.bounds, strict=True)
+                ]
+            )
+            weights = torch.tensor([1 / count for count in divisors], dtype=sums.dtype, device=sums.device)
             if sums.requires_grad:
                 (sums * weights).sum().backward()
         return sums.detach()
+
+    @torch.no_grad()
+    def base_log_probs(self, rows: Sequence[TokenRow]) -> torch.Tensor:
+        """ln p of each row's trained tokens under the base alone, whatever is in the slots: float64 [rows]."""
+        layout = lay_out([Part(_NOBODY, rows, 0, 0)], self.base, end_to_end=self.end_to_end)
+        with self._pass(()), self._attention():
+            return row_log_probs(self._nats(layout), rows)
 
     @contextmanager
     def only(self, slot: int) -> Iterator[None]:
@@ -88,15 +103,20 @@ class Pack:
         with self._pass((Span(slot, 0, _EVERYTHING, 0, nowhere, nowhere),)):
             yield
 
+    def _attention(self) -> AbstractContextManager[None]:
+        return document_attention(self.base) if self.end_to_end else nullcontext()
+
     @contextmanager
-    def _pass(self, spans: Sequence[Span], *, dropout: bool = False) -> Iterator[None]:
+    def _pass(
+        self, spans: Sequence[Span], source_spans: Sequence[Span] = (), *, dropout: bool = False
+    ) -> Iterator[None]:
         state = self._state
-        before = (state.spans, state.dropout)
-        state.spans, state.dropout = spans, dropout
+        before = (state.spans, state.source_spans, state.dropout)
+        state.spans, state.source_spans, state.dropout = spans, source_spans, dropout
         try:
             yield
         finally:
-            state.spans, state.dropout = before
+            state.spans, state.source_spans, state.dropout = before
 
     def _nats(self, layout: Layout) -> torch.Tensor:
         """-ln p of every label, [P]."""
@@ -122,6 +142,7 @@ class Pack:
 
 
 _EVERYTHING = 1 << 62
+_NOBODY = -1
 
 
 def linear_names(base: PreTrainedModel) -> list[str]:

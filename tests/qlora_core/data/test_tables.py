@@ -54,6 +54,7 @@ def test_every_column_holds_what_the_row_says(tmp_path: Path) -> None:
         "messages": [{"role": m.role, "content": m.content} for m in rows[0].row.messages],
         "train": [False, False, False, True], "prompt": "the prompt", "reference": "answer 1", "rejected": "worse",
         "tools": "[]", "input_ids": [0, 1, 2, 3, 4], "loss_mask": [False, False, True, True, True], "tokens": 5,
+        "rejected_ids": None, "rejected_mask": None,
         "licence": "MIT", "generator": "human", "language": "en", "group_keys": ["tree", "story"],
         "tag_tox": 0.5, "tag_refusal": True,
     }  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from qlora_core.config.train import TrainConfig
-from qlora_core.data.dataset import TokenRow
+from qlora_core.data.dataset import PreferenceRow, TokenRow
 from qlora_core.model.base import load_quantized
 from qlora_core.training.trial import Trial
 
@@ -84,6 +84,25 @@ def make_rows(count: int, *, seed: int = 0, shortest: int = 5, longest: int = 20
         ids = [(start + place) % VOCABULARY for place in range(length)]
         rows.append(TokenRow(f"{seed}-{index}", ids, [place >= prompt for place in range(length)]))
     return rows
+
+
+def make_pairs(count: int, *, seed: int = 0) -> list[PreferenceRow]:
+    """Prompts whose better answer counts upwards and whose worse one counts downwards, of another length."""
+    generator = random.Random(seed)
+    pairs = []
+    for index, row in enumerate(make_rows(count, seed=seed)):
+        prompt = row.loss_mask.index(True)
+        start, length = row.input_ids[prompt - 1], generator.randint(2, 8)
+        worse = [(start - place) % VOCABULARY for place in range(1, length + 1)]
+        ids = [*row.input_ids[:prompt], *worse]
+        pairs.append(PreferenceRow(row.id, row.input_ids, row.loss_mask, ids, [p >= prompt for p in range(len(ids))]))
+        assert pairs[index].rejected_ids != row.input_ids
+    return pairs
+
+
+@pytest.fixture
+def pairs() -> Callable[..., list[PreferenceRow]]:
+    return make_pairs
 
 
 @pytest.fixture
