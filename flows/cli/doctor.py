@@ -87,7 +87,7 @@ def _prefect(config: PipelineConfig) -> str:
 
 
 def _ray(config: PipelineConfig) -> str:
-    from qlora_core.sweep.cluster import cluster_resources
+    from qlora_core.sweep.ray_connection import cluster_resources
 
     resources = cluster_resources(config.compute)
     where = config.compute.ray_address or "local"

@@ -140,7 +140,12 @@ def _say_funnel(report: Report, curation: dict[str, Any]) -> None:
     report.say("splits: " + ", ".join(f"{name} {count}" for name, count in curation["splits"].items()))
 
 
-def sweep(config: ConfigArgument, overrides: SetOption = None, json: JsonOption = False) -> None:
+def sweep(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    status: Annotated[bool, typer.Option("--status", help="Say where the sweep stands; nothing is run.")] = False,
+    json: JsonOption = False,
+) -> None:
     """Train the trials of the sweep, after whatever they need, and keep the best adapter.
 
     Examples:
@@ -148,10 +153,15 @@ def sweep(config: ConfigArgument, overrides: SetOption = None, json: JsonOption 
       qlora sweep pipeline.yaml
 
       qlora sweep pipeline.yaml --set sweep.method=random --set sweep.trials=16
+
+      qlora sweep pipeline.yaml --status --json
     """
     with reporting(json) as report:
         from qlora_core.pipeline.run_record import trial_rows
 
+        if status:
+            _say_status(report, load_pipeline(config, overrides))
+            return
         pipeline = open_pipeline(config, overrides)
         result = pipeline.run("sweep")
         swept = pipeline.document("sweep", "sweep.json")
@@ -159,7 +169,24 @@ def sweep(config: ConfigArgument, overrides: SetOption = None, json: JsonOption 
         report.data = {"trials": rows, "best": swept["best"], "adapter": str(result.artifact.path / "adapter")}
         for row in rows:
             report.say(_trial_line(row, swept["best"], swept["varied"]))
+        if swept.get("cost"):
+            from qlora_core.sweep.cost import cost_line
+
+            report.data["cost"] = swept["cost"]
+            report.say(cost_line(swept["cost"]["predicted"], swept["cost"]["actual"]))
         report.say(f"adapter: {result.artifact.path / 'adapter'}")
+
+
+def _say_status(report: Report, pipeline: "Pipeline") -> None:
+    from qlora_core.pipeline.sweep_status import status_of
+
+    report.data = status_of(pipeline)
+    counts = ", ".join(f"{count} {state}" for state, count in report.data["counts"].items())
+    report.say(f"sweep: {report.data['state']}" + (f"; {counts}" if counts else ""))
+    varied = sorted(pipeline.job.config.sweep.space)
+    for trial in report.data["trials"]:
+        where = f"  on {trial['worker']}" if trial.get("worker") and trial["state"] == "waiting" else ""
+        report.say(_trial_line(trial, report.data["best"] or "", [n for n in varied if n in trial["params"]]) + where)
 
 
 def evaluate(config: ConfigArgument, overrides: SetOption = None, json: JsonOption = False) -> None:

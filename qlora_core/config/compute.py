@@ -21,6 +21,10 @@ class ComputeConfig(Section):
     pack_size: int | None = Field(
         default=None, ge=1, description="trials a worker trains at once; default: as many as keep it busy, 8 at most"
     )
+    gpus: Literal["auto", "required", "none"] = Field(
+        default="auto",
+        description="auto: GPU workers where the cluster has GPUs now; required: refuse, or wait for nodes, without",
+    )
     ray_address: str | None = Field(
         default=None, description="an existing Ray cluster; default: one is started and ended"
     )
@@ -35,6 +39,13 @@ class ComputeConfig(Section):
     )
     worker_start_timeout_s: float = Field(
         default=180.0, gt=0, description="longest wait for the first worker to be ready"
+    )
+
+    idle_worker_s: float = Field(
+        default=60.0, ge=1, description="how long a worker without work is kept before its GPU is given back"
+    )
+    price_per_gpu_hour: float | None = Field(
+        default=None, ge=0, description="of a worker, in any currency: costs are reckoned with it"
     )
 
     @property

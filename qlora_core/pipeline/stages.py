@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_core.config.sweep import WITHOUT_EFFECT
 from qlora_core.digest import digest_file, digest_files, digest_json
+from qlora_core.errors import ConfigError
 from qlora_core.evaluation.judge_client import custom_url, resolve_kind, without_secrets
 from qlora_core.pipeline.base_source import BaseModelFiles, is_demo
 from qlora_core.pipeline.job import Job
@@ -89,7 +91,7 @@ def _curate_key(job: Job, inputs: Manifests) -> StageKey:
         digests["earlier_split"] = job.earlier_split_digest
     if job.config.data.tags.model_scores:
         digests["base"] = inputs["base"].digest if base is None else base.digest
-    return StageKey("curate", "2", settings, digests)
+    return StageKey("curate", "3", settings, digests)
 
 
 def _build_curate(job: Job, inputs: Inputs, out: Path) -> None:
@@ -152,7 +154,7 @@ def _quantize_folder(job: Job, key: StageKey) -> Path:
 def _sweep_key(job: Job, inputs: Manifests) -> StageKey:
     settings = {
         "train": job.section("train", without=frozenset({"checkpoint_every_steps"})),
-        "sweep": job.section("sweep", without=frozenset({"max_attempts"})),
+        "sweep": job.section("sweep", without=WITHOUT_EFFECT),
     }
     return StageKey("sweep", "2", settings, {name: inputs[name].digest for name in ("curate", "quantize")})
 
@@ -164,11 +166,13 @@ def _build_sweep(job: Job, inputs: Inputs, out: Path) -> None:
     work = SweepWork(
         quantized_folder=inputs["quantize"].path,
         curated_folder=inputs["curate"].path,
-        work_dir=_sweep_folder(job, key),
+        work_dir=sweep_folder(job, key),
         lineage=lineage(job, inputs),
         store=job.store_settings,
         lease=f"stage/{key.stage}/{key.key}",
         inputs=key.inputs,
+        # Never asked for where it would have to be made or fetched: the demo's base is no input of this stage
+        original_folder=None if job.external_base is None else job.external_base.folder,
     )
     run_sweep(job.config.sweep, job.config.train, job.config.compute, work, out)
 
@@ -176,10 +180,11 @@ def _build_sweep(job: Job, inputs: Inputs, out: Path) -> None:
 def _clean_up_sweep(job: Job, key: StageKey) -> None:
     from qlora_core.sweep.keeper import discard_work
 
-    discard_work(_sweep_folder(job, key), job.store.backend)
+    discard_work(sweep_folder(job, key), job.store.backend)
 
 
-def _sweep_folder(job: Job, key: StageKey) -> Path:
+def sweep_folder(job: Job, key: StageKey) -> Path:
+    """Where an unfinished sweep keeps its study and checkpoints."""
     # Named by the key: an interrupted sweep is found again by the same job and by no other.
     return job.config.work_dir / "sweeps" / key.key[:16]
 
@@ -194,17 +199,35 @@ def _evaluate_key(job: Job, inputs: Manifests) -> StageKey:
     judge = job.config.evaluate.judge
     settings["judge"] = {"kind": judge_kind(job)}
     if judge_kind(job) == "openai":
-        chosen = judge.model_dump(mode="json", include={"model", "temperature", "max_answer_tokens", "budget_usd"})
+        verdicts = {"model", "mode", "rubric", "structured_output", "temperature", "max_answer_tokens", "budget_usd"}
+        chosen = judge.model_dump(mode="json", include=verdicts)
         url = custom_url(judge, os.environ)
         settings["judge"] |= {**chosen, "endpoint": None if url is None else without_secrets(url)}
+    certificate = _certificate(job)
+    if certificate is not None:
+        settings["judge"]["certificate"] = digest_file(certificate)
     digests = {name: inputs[name].digest for name in ("curate", "quantize", "sweep")}
     return StageKey("evaluate", "1", settings, digests)
+
+
+def _certificate(job: Job) -> Path | None:
+    """The judge's certificate, whose contents are part of what an evaluation is made of."""
+    named = job.config.evaluate.judge.certificate
+    if named is None:
+        return None
+    path = job.config.path(named)
+    if not path.is_file():
+        raise ConfigError(f"evaluate.judge.certificate: {path} is no file; write it with `qlora judge certify`")
+    return path
 
 
 def _build_evaluate(job: Job, inputs: Inputs, out: Path) -> None:
     from qlora_core.evaluation.evaluate import evaluate_adapter
 
-    judge = job.config.evaluate.judge.model_copy(update={"kind": judge_kind(job)})
+    certificate = _certificate(job)
+    judge = job.config.evaluate.judge.model_copy(
+        update={"kind": judge_kind(job), "certificate": None if certificate is None else str(certificate)}
+    )
     with _paid_verdicts(job) as verdicts:
         evaluate_adapter(
             job.config.evaluate.model_copy(update={"judge": judge}),

@@ -1,27 +1,23 @@
-"""The workers of a sweep as Ray actors: start, hand out work, notice death, replace, stop. The only home of `ray`.
+"""The workers of a sweep as Ray actors: start, hand out work, notice death, replace, stop.
 
 One long-lived actor per GPU (`num_gpus=1`), or one per CPU slot where there is no GPU. Ray neither restarts actors
-nor retries calls here: it cannot know whether a lost call had finished, the checkpoints do. Knows nothing of what
-workers do: any class with `load()`, `stop()` and methods that take and return JSON data will serve.
+nor retries calls here: it cannot know whether a lost call had finished, the checkpoints do. Workers are started while
+nodes join and there is work for them, drained when their node is told to drain, and ended when they have been idle, so
+that an autoscaler can take their nodes away. With `ray_connection`, the only home of `ray`. Knows nothing of what
+workers do: any class with `load()`, `stop()`, `come_back()` and methods that take and return JSON data will serve.
 """
 
 import logging
-import os
-import secrets
-import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 from qlora_core.config.compute import ComputeConfig
 from qlora_core.errors import LeaseLostError, QloraError, SweepError
-
-_OBJECT_STORE_BYTES = 100_000_000
-"""Results are small JSON; Ray's own default takes a third of the host's memory."""
+from qlora_core.sweep.pool import Outcome
+from qlora_core.sweep.ray_connection import resources_in_words
 
 MOST_CPU_WORKERS = 4
 CPU_ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "131072"}
@@ -29,134 +25,13 @@ CPU_ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "131072"}
 
 _STARTS_WITHOUT_SUCCESS = 3
 _STOP_GRACE_S = 60.0
-_CONNECT_TIMEOUT_S = 10.0
+_WATCH_EVERY_S = 2.0
+"""How often nodes are asked for: what a look at them costs is a few milliseconds on the head."""
+
+_NODE_NEWS_S = 5.0
+"""How long the head may take to learn that a node is gone after the first call to it failed."""
+
 _LOGGER = logging.getLogger(__name__)
-
-
-@cache
-def _token() -> str:
-    # Ray reads its token once per process, so every cluster that this process starts shares one.
-    return secrets.token_hex(32)
-
-
-@contextmanager
-def ray_connection(address: str | None, workers: int | None) -> Iterator[None]:
-    """A connection to Ray for the block: to the cluster at `address`, else to a local one that ends with the block.
-
-    A local cluster asks for a token that only this process and its children know, because Ray listens on every network
-    interface. A process that is connected already keeps its connection, during and after.
-
-    Raises SweepError when no cluster answers at `address`.
-    """
-    settings = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else every worker under `uv run` resolves the environment anew
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a CPU worker sees no GPU
-    }
-    if address is None:
-        settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()}
-    else:
-        _check_answers(address)
-    with _environment(settings):
-        import ray
-
-        if ray.is_initialized():
-            yield
-            return
-        try:
-            _connect(address, workers)
-            yield
-        finally:
-            ray.shutdown()
-
-
-def _connect(address: str | None, workers: int | None) -> None:
-    import ray
-    from ray.exceptions import RayError
-
-    # Ray would write worker output to standard output, which belongs to the command's own result.
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if address is None:
-        _start_local(max(_cores(), workers or 1), common)
-        return
-    try:
-        ray.init(address=address, **common)
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        raise _unreachable(address, error) from error
-
-
-def _start_local(slots: int, common: Mapping[str, Any]) -> None:
-    import ray
-
-    _LOGGER.info("starting a local Ray with %d CPU slots", slots)
-    settings = {"num_cpus": slots, "object_store_memory": _OBJECT_STORE_BYTES, **common}
-    for last in (False, True):
-        try:
-            ray.init(address="local", include_dashboard=False, **settings)
-        except Exception as error:
-            # Ray raises the bare class when its node is not up within 30 s, as on a machine busy with other work.
-            ray.shutdown()
-            if last:
-                raise SweepError(
-                    f"Ray did not start on this machine: {error}; see /tmp/ray/session_latest/logs, free some CPU and "
-                    "memory, or name a running cluster in compute.ray_address"
-                ) from error
-            _LOGGER.warning("Ray did not start (%s); trying once more", error)
-        else:
-            return
-
-
-def _check_answers(address: str) -> None:
-    # Ray itself would try for minutes.
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
-        raise _unreachable(address, error) from error
-
-
-def _unreachable(address: str, error: Exception) -> SweepError:
-    return SweepError(
-        f"no Ray cluster answers at compute.ray_address {address!r}: {error}; check address, network and "
-        "RAY_AUTH_TOKEN, or leave the key out to use this machine"
-    )
-
-
-@contextmanager
-def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    # What the user has set wins; what we set is gone after the block.
-    ours = {name: value for name, value in settings.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cluster_resources(compute: ComputeConfig) -> str:
-    """What a sweep would have to work with, in words. Connects, or starts a local Ray and ends it again: seconds."""
-    with ray_connection(compute.ray_address, compute.workers):
-        import ray
-
-        return _resources(ray.cluster_resources())
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a call ended: with `result`, or with `error`. `died`: the worker is gone, and how far it came is unknown."""
-
-    worker: str
-    task: Any
-    result: dict[str, Any] | None = None
-    error: str | None = None
-    died: bool = False
 
 
 @dataclass
@@ -165,6 +40,10 @@ class _Slot:
     phase: str  # starting | loading | idle | busy
     pending: Any = None
     task: Any = None
+    node: str | None = None
+    draining: bool = False
+    idle_since: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
 
 
 class Cluster:
@@ -173,25 +52,33 @@ class Cluster:
     def __init__(self, worker_class: type, arguments: Mapping[str, Any], compute: ComputeConfig, *, most: int) -> None:
         self._worker_class = worker_class
         self._arguments = dict(arguments)
-        self._start_timeout_s = compute.worker_start_timeout_s
-        self._wanted = compute.workers
+        self._compute = compute
         self._most = most
+        self._expected = most
         self._slots: dict[str, _Slot] = {}
         self._started = 0
         self._failed_starts = 0
         self._options: dict[str, Any] = {}
         self._up_since_none = time.monotonic()
+        self._next_look = 0.0
+        self._ended_s = 0.0
 
     def __enter__(self) -> "Cluster":
         import ray
 
         resources = ray.cluster_resources()
-        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-        count = min(self._most, self._wanted or gpus or max(1, min(cpus, MOST_CPU_WORKERS)))
-        self._options = _actor_options(gpu=gpus > 0)
-        if count > (gpus or cpus):
-            _LOGGER.warning("%d workers wanted, room for %d: the others wait for nodes to join", count, gpus or cpus)
-        _LOGGER.info("starting %d %s workers", count, "GPU" if gpus else "CPU")
+        gpus = int(resources.get("GPU", 0))
+        wants = self._compute.gpus
+        if wants == "required" and not gpus and self._compute.ray_address is None:
+            raise SweepError(
+                f"compute.gpus is required, and this machine has {resources_in_words(resources)}; check the driver "
+                "with `qlora doctor`, name a cluster in compute.ray_address, or set compute.gpus: auto"
+            )
+        self._options = _actor_options(gpu=wants == "required" or (wants == "auto" and gpus > 0))
+        count, room = self._limit(resources), self._room(resources)
+        if count > room:
+            _LOGGER.warning("%d workers wanted, room for %d: the others wait for nodes to join", count, room)
+        _LOGGER.info("starting %d %s workers", count, "GPU" if self._options["num_gpus"] else "CPU")
         for _ in range(count):
             self._start()
         return self
@@ -201,15 +88,40 @@ class Cluster:
     ) -> None:
         self.stop()
 
+    @property
+    def worker_seconds(self) -> float:
+        """How long workers have been held so far, idle or not, all together."""
+        now = time.monotonic()
+        return self._ended_s + sum(now - slot.started for slot in self._slots.values() if slot.phase != "starting")
+
     def idle(self) -> list[str]:
         """Workers that wait for work, in the order started."""
-        return [name for name, slot in self._slots.items() if slot.phase == "idle"]
+        return [name for name, slot in self._slots.items() if slot.phase == "idle" and not slot.draining]
 
     def submit(self, worker: str, task: Any, method: str, *arguments: Any) -> None:
         """Call a method of an idle worker; its end comes out of `wait` as an Outcome with `task`."""
         slot = self._slots[worker]
         slot.phase, slot.task = "busy", task
         slot.pending = getattr(slot.actor, method).remote(*arguments)
+
+    def recall(self, worker: str) -> None:
+        """Ask a busy worker to end its call soon, with its trials kept where they are."""
+        self._slots[worker].actor.come_back.remote()
+
+    def expect(self, workers: int) -> None:
+        """Say for how many workers there is work; those beyond end once they have been idle for a while."""
+        self._expected = max(1, workers)
+
+    def drain(self, worker: str) -> None:
+        """Let a worker write its checkpoints and end; what it was doing comes out of `wait` as interrupted."""
+        slot = self._slots[worker]
+        if slot.draining:
+            return
+        slot.draining = True
+        if slot.phase == "busy":
+            slot.actor.stop.remote()
+        else:
+            self._end(worker)
 
     def wait(self, timeout_s: float) -> list[Outcome]:
         """What ended within `timeout_s`; empty when nothing did. Dead workers are replaced on the way.
@@ -219,6 +131,7 @@ class Cluster:
         """
         import ray
 
+        self._look_at_nodes()
         pending = {slot.pending: name for name, slot in self._slots.items() if slot.pending is not None}
         if pending:
             done, _ = ray.wait(list(pending), num_returns=1, timeout=timeout_s)
@@ -226,23 +139,21 @@ class Cluster:
             done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0) if done else (done, [])
         else:
             done = []
+            time.sleep(0 if self.idle() else min(timeout_s, 0.1))
         outcomes = [outcome for ref in done if (outcome := self._settle(pending[ref])) is not None]
         self._check_start()
         return outcomes
 
     def replace(self, worker: str) -> None:
         """End a worker, whatever it does, and start a new one in its place."""
-        import ray
-
-        ray.kill(self._slots.pop(worker).actor, no_restart=True)
+        self._end(worker)
         self._start()
 
     def stop(self) -> None:
         """Let busy workers write their checkpoints (a minute at most), then end all."""
         import ray
 
-        slots, self._slots = list(self._slots.values()), {}
-        busy = [slot for slot in slots if slot.phase == "busy"]
+        busy = [slot for slot in self._slots.values() if slot.phase == "busy"]
         try:
             for slot in busy:
                 slot.actor.stop.remote()
@@ -250,8 +161,39 @@ class Cluster:
                 _LOGGER.info("stopping %d workers; their checkpoints are kept", len(busy))
                 ray.wait([slot.pending for slot in busy], num_returns=len(busy), timeout=_STOP_GRACE_S)
         finally:
-            for slot in slots:
-                ray.kill(slot.actor, no_restart=True)
+            for name in list(self._slots):
+                self._end(name)
+
+    def _limit(self, resources: Mapping[str, float]) -> int:
+        return min(self._most, self._compute.workers or max(1, self._room(resources)))
+
+    def _room(self, resources: Mapping[str, float]) -> int:
+        if self._options["num_gpus"]:
+            return int(resources.get("GPU", 0))
+        cpus = int(resources.get("CPU", 0))
+        return cpus if self._compute.workers else min(cpus, MOST_CPU_WORKERS)
+
+    def _look_at_nodes(self) -> None:
+        """Start workers that there is work and room for, drain those of leaving nodes, end those idle for long."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        import ray
+
+        self._next_look = now + _WATCH_EVERY_S
+        leaving = _draining_nodes()
+        for name in [name for name, slot in self._slots.items() if slot.node in leaving]:
+            _LOGGER.info("the node of %s is to be drained; its trials go on elsewhere", name)
+            self.drain(name)
+        spare = len(self._slots) - self._expected
+        for name in reversed(self.idle()):
+            if spare > 0 and now - self._slots[name].idle_since > self._compute.idle_worker_s:
+                _LOGGER.info("%s has been idle for %g s and ends", name, self._compute.idle_worker_s)
+                self._end(name)
+                spare -= 1
+        missing = min(self._limit(ray.cluster_resources()), self._expected) - len(self._slots)
+        for _ in range(missing):
+            self._start()
 
     def _start(self) -> None:
         import ray
@@ -259,14 +201,22 @@ class Cluster:
         name = f"worker-{self._started}"
         self._started += 1
         actor = ray.remote(self._worker_class).options(**self._options).remote(**self._arguments)
-        self._slots[name] = _Slot(actor, "starting", actor.__ray_ready__.remote())
+        self._slots[name] = _Slot(actor, "starting", actor.__ray_call__.remote(_own_node))
+
+    def _end(self, worker: str) -> None:
+        import ray
+
+        slot = self._slots.pop(worker)
+        if slot.phase != "starting":
+            self._ended_s += time.monotonic() - slot.started
+        ray.kill(slot.actor, no_restart=True)
 
     def _settle(self, name: str) -> Outcome | None:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
         slot = self._slots[name]
-        phase, slot.phase = slot.phase, "idle"
+        phase, slot.phase, slot.idle_since = slot.phase, "idle", time.monotonic()
         ref, slot.pending = slot.pending, None
         try:
             result: Any = ray.get(ref)
@@ -275,11 +225,14 @@ class Cluster:
         except RayError as error:
             return self._died(name, phase, error)
         if phase == "starting":
-            slot.phase, slot.pending = "loading", slot.actor.load.remote()
+            slot.phase, slot.node, slot.started = "loading", result, time.monotonic()
+            slot.pending = slot.actor.load.remote()
         elif phase == "loading":
             self._failed_starts = 0
             _LOGGER.info("%s is ready (%s)", name, ", ".join(f"{key} {value}" for key, value in result.items()))
         else:
+            if slot.draining:
+                self._end(name)
             return Outcome(name, slot.task, result)
         return None
 
@@ -291,16 +244,20 @@ class Cluster:
             # No fault of this task: whoever took it over has taken over all of them.
             raise cause
         task = self._slots[name].task
-        if not isinstance(cause, QloraError):
+        if self._slots[name].draining:
+            self._end(name)
+        elif not isinstance(cause, QloraError):
             # An error nobody foresaw may leave a GPU context or memory behind that would fail the next trial too.
             self.replace(name)
         return Outcome(name, task, error=text)
 
     def _died(self, name: str, phase: str, error: Exception) -> Outcome | None:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        _LOGGER.warning("%s died while %s: %s", name, phase, text)
-        task = self._slots[name].task
-        if phase != "busy":
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        text = lines[0] if lines else type(error).__name__
+        slot = self._slots[name]
+        preempted = slot.draining or _node_is_gone(slot.node, error)
+        _LOGGER.warning("%s %s while %s: %s", name, "lost its node" if preempted else "died", phase, text)
+        if phase != "busy" and not preempted:
             self._failed_starts += 1
             if self._failed_starts >= _STARTS_WITHOUT_SUCCESS:
                 raise SweepError(
@@ -308,19 +265,49 @@ class Cluster:
                     "check memory and the logs in Ray's session folder (/tmp/ray/session_latest/logs)"
                 ) from error
         self.replace(name)
-        return Outcome(name, task, error=text, died=True) if phase == "busy" else None
+        return Outcome(name, slot.task, error=text, died=True, preempted=preempted) if phase == "busy" else None
 
     def _check_start(self) -> None:
         if any(slot.phase != "starting" for slot in self._slots.values()):
             self._up_since_none = time.monotonic()
-        elif time.monotonic() - self._up_since_none > self._start_timeout_s:
+        elif time.monotonic() - self._up_since_none > self._compute.worker_start_timeout_s:
             import ray
 
             raise SweepError(
-                f"no worker came up within {self._start_timeout_s:g} s; each needs "
-                f"{_needs(self._options)}, and the cluster has {_resources(ray.cluster_resources())}; "
+                f"no worker came up within {self._compute.worker_start_timeout_s:g} s; each needs "
+                f"{_needs(self._options)}, and the cluster has {resources_in_words(ray.cluster_resources())}; "
                 "free or add resources, or raise compute.worker_start_timeout_s"
             )
+
+
+def _own_node(worker: Any) -> str:
+    """Runs in a worker: on which node it is."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
+
+
+def _draining_nodes() -> set[str]:
+    from ray._private.state import state
+
+    return set(state.get_draining_nodes())
+
+
+def _node_is_gone(node: str | None, error: Exception) -> bool:
+    """Whether a worker died because its node did. Where a call only failed to reach it, that may take a moment."""
+    import ray
+    from ray.exceptions import ActorUnavailableError
+
+    if getattr(error, "preempted", False):
+        return True
+    deadline = time.monotonic() + (_NODE_NEWS_S if isinstance(error, ActorUnavailableError) else 0.0)
+    while node is not None:
+        if not any(entry["Alive"] and entry["NodeID"] == node for entry in ray.nodes()):
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.2)
+    return False
 
 
 def _actor_options(*, gpu: bool) -> dict[str, Any]:
@@ -340,7 +327,3 @@ def _actor_options(*, gpu: bool) -> dict[str, Any]:
 
 def _needs(options: Mapping[str, Any]) -> str:
     return "1 GPU and 1 CPU" if options["num_gpus"] else "1 CPU"
-
-
-def _resources(resources: Mapping[str, float]) -> str:
-    return f"{resources.get('GPU', 0):g} GPUs and {resources.get('CPU', 0):g} CPUs"

@@ -1,38 +1,41 @@
-"""The loop of a sweep: draw trials, hand segments to workers, take in results, halve, until every trial is finished.
+"""The trials of a sweep, cohort after cohort, until every one is finished; then the finalists' runs.
 
-Nothing here depends on how many workers there are or how fast they are; that decides only how soon the sweep ends.
-Knows nothing of Ray or SQLite (the cluster and the study do) or of how a trial trains (the workers do).
+With synchronous halving nothing here depends on how many workers there are or how fast they are; that decides only how
+soon the sweep ends. With asynchronous halving who is promoted does. Knows nothing of Ray or SQLite (the pool and the
+study do) or of how a trial trains (the workers do).
 """
 
+import itertools
 import logging
-import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
-from qlora_core.config.sweep import SweepConfig
+from qlora_core.config.sweep import FloatRange, SweepConfig
 from qlora_core.config.train import TrainConfig
 from qlora_core.errors import SweepError
-from qlora_core.progress import progress_bar
-from qlora_core.sweep.cluster import Cluster, Outcome
-from qlora_core.sweep.halving import Halving, Segment, replay
+from qlora_core.sweep.asha import AsyncHalving
+from qlora_core.sweep.brackets import Brackets, allot, bracket_shares
+from qlora_core.sweep.cohort import Cohort, refused
+from qlora_core.sweep.halving import Halving
+from qlora_core.sweep.pool import WorkerPool
 from qlora_core.sweep.record import TrialRecord
-from qlora_core.sweep.rungs import TrialLength, expected_steps, plan_rungs
+from qlora_core.sweep.rungs import TrialLength, expected_steps, plan_rungs, rungs_of
+from qlora_core.sweep.scheduler import Scheduler
 from qlora_core.sweep.space import cohort_size, trial_count, trial_params
 from qlora_core.sweep.study import SweepStudy
 
-_WAIT_S = 1.0
-"""Longest time a Ctrl-C may go unheard."""
-
-OnTrial = Callable[[dict[str, Any]], None]
+OnTrial = Callable[[TrialRecord], None]
 LengthOf = Callable[[TrainConfig], TrialLength]
+SizeOf = Callable[[TrainConfig], int]
+Rungs = dict[str, tuple[int, ...]]
+_LENGTH_FIELDS = ("epochs", "max_steps", "micro_batch_size", "gradient_accumulation_steps")
 _LOGGER = logging.getLogger(__name__)
 
 
 class SweepDriver:
-    """One sweep. `length_of`: a trial's steps, from its settings; `on_trial` gets the row of a trial that changed.
+    """One sweep. `length_of`: a trial's steps, from its settings; `on_trial` gets the record of a trial that changed.
 
     A worker trains up to `pack_size` trials at a time; a trial whose worker died goes alone from then on, so that one
-    that kills its worker takes no neighbour along twice.
+    that kills its worker takes no neighbour along twice. `length_of` raises SweepError for settings that cannot be.
     """
 
     def __init__(
@@ -44,28 +47,79 @@ class SweepDriver:
         on_trial: OnTrial | None,
         *,
         pack_size: int = 1,
+        size_of: SizeOf | None = None,
     ) -> None:
-        self._study = study
+        self.study = study
+        self.pack_size = pack_size
+        self.max_attempts = sweep.max_attempts
+        self.max_preemptions = sweep.max_preemptions
         self._sweep = sweep
         self._train = train
         self._length_of = length_of
+        self._size_of = size_of
         self._on_trial = on_trial
-        self.pack_size = pack_size
 
-    def run(self, cluster: Cluster) -> list[TrialRecord]:
+    def predicted(self) -> tuple[float, float]:
+        """Optimizer steps and trained tokens that the sweep's trials will take when nothing fails.
+
+        Trials are counted as long as the `train` section as it stands, and as halved by rungs; brackets are not.
+        """
+        try:
+            length = self._length_of(self._train)
+        except SweepError:
+            return 0.0, 0.0
+        pruning, size = self._sweep.pruning, cohort_size(self._sweep)
+        steps = 0.0
+        for first in range(0, trial_count(self._sweep), size):
+            cohort = {f"t{n}": length for n in range(min(size, trial_count(self._sweep) - first))}
+            steps += expected_steps(plan_rungs(cohort, pruning), pruning.reduction_factor)
+        return steps, steps * length.tokens_per_step
+
+    def run(self, pool: WorkerPool) -> list[TrialRecord]:
         """Finish every trial of the sweep, from where an earlier driver had left it; the records in the order drawn."""
-        count, size = trial_count(self._sweep), cohort_size(self._sweep)
+        count, pruning = trial_count(self._sweep), self._sweep.pruning
+        if pruning.enabled and pruning.method == "asha" and count > 1:
+            _Asynchronous(self, self._sweep, count).run(pool)
+            return self.study.records(count)
         finished: list[TrialRecord] = []
-        for first in range(0, count, size):
-            records = self._study.records(min(first + size, count))[first:]
-            _Cohort(self, self._study, self._sweep, records).run(cluster)
+        for first in range(0, count, cohort_size(self._sweep)):
+            records = self.study.records(min(first + cohort_size(self._sweep), count))[first:]
+            Cohort(self, self._halving(records), records).run(pool)
             finished.extend(records)
         return finished
 
+    def run_to_end(self, pool: WorkerPool, records: list[TrialRecord]) -> None:
+        """Train runs that are compared with nothing on the way."""
+        lengths = self._lengths(records)
+        ends = {trial: (length.total_steps,) for trial, length in lengths.items()}
+        Cohort(self, Halving(ends, 2), records).run(pool)
+
     def length_of(self, record: TrialRecord) -> TrialLength:
         """Steps of a trial; SweepError when its point is no valid `train` section."""
-        drawn = {name: record.params[name] for name in self._sweep.space}
-        return self._length_of(trial_params(self._train, drawn))
+        params = trial_params(self._train, {name: record.params[name] for name in {*self._sweep.space, "seed"}})
+        if self._size_of is not None:
+            record.adapter_parameters = self._size_of(params)
+        return self._length_of(params)
+
+    def longest(self) -> tuple[int, float]:
+        """Upper bounds of the steps and of the trained tokens of any trial the space can give."""
+        corners = {
+            name: [values.low, values.high] if isinstance(values, FloatRange) else list(values)
+            for name, values in self._sweep.space.items()
+            if name in _LENGTH_FIELDS
+        }
+        lengths: list[TrialLength] = []
+        for point in itertools.product(*corners.values()):
+            drawn = {
+                name: int(value) if name != "epochs" and value is not None else value
+                for name, value in zip(corners, point, strict=True)
+            }
+            try:
+                lengths.append(self._length_of(trial_params(self._train, drawn)))
+            except SweepError:
+                continue  # the trial that draws it says so
+        steps = max((length.total_steps for length in lengths), default=1)
+        return steps, max((length.total_tokens for length in lengths), default=1.0)
 
     def publish(self, record: TrialRecord) -> None:
         """Log where a trial stands and hand its row on."""
@@ -73,130 +127,62 @@ class SweepDriver:
         reason = f": {record.error}" if record.error else ""
         _LOGGER.info("trial %s %s at step %d, %s%s", record.id, record.state, record.steps, loss, reason)
         if self._on_trial is not None:
-            self._on_trial(record.row())
+            self._on_trial(record)
 
-
-class _Cohort:
-    """Trials drawn together, halved against each other."""
-
-    def __init__(self, driver: SweepDriver, study: SweepStudy, sweep: SweepConfig, records: list[TrialRecord]) -> None:
-        self._driver = driver
-        self._study = study
-        self._sweep = sweep
-        self._records = {record.id: record for record in records}
-        lengths = self._lengths()
-        self._rungs = plan_rungs(lengths, sweep.pruning)
-        self._halving = Halving(self._rungs, sweep.pruning.reduction_factor)
-
-    def run(self, cluster: Cluster) -> None:
-        """Work until every trial of the cohort is finished."""
-        failed = [record.id for record in self._records.values() if record.error is not None]
-        replay(self._halving, {trial: self._records[trial].rung_losses for trial in self._rungs}, failed)
-        for record in self._records.values():
-            self._take_state(record)
-            self._driver.publish(record)
-        factor = self._sweep.pruning.reduction_factor
-        steps = expected_steps(self._rungs, factor)
-        with progress_bar(f"Training {len(self._records)} trials", steps) as advance:
-            advance(sum(record.steps for record in self._records.values()))
-            while not self._halving.finished:
-                self._dispatch(cluster)
-                for outcome in cluster.wait(_WAIT_S):
-                    self._take(outcome, advance)
-
-    def _lengths(self) -> dict[str, TrialLength]:
+    def _lengths(self, records: list[TrialRecord]) -> dict[str, TrialLength]:
         lengths: dict[str, TrialLength] = {}
-        for record in self._records.values():
+        for record in records:
             try:
-                lengths[record.id] = self._driver.length_of(record)
+                lengths[record.id] = self.length_of(record)
             except SweepError as error:
-                if record.state != "failed":
-                    record.error, record.state = str(error), "failed"
-                    self._study.save(record)
-                    self._study.tell(record)
+                refused(record, self.study, error)
         return lengths
 
-    def _dispatch(self, cluster: Cluster) -> None:
-        idle = cluster.idle()
-        for place, worker in enumerate(idle):
-            share = -(-self._halving.open_segments // (len(idle) - place))
-            pack = self._next_pack(min(self._driver.pack_size, share))
-            if not pack:
-                return
-            records = [self._records[segment.trial] for segment in pack]
-            for segment in pack:
-                _LOGGER.info("trial %s goes to %s, up to step %d", segment.trial, worker, segment.until_step)
-            orders = [{"id": record.id, "params": record.params, "rungs": record.rungs} for record in records]
-            cluster.submit(worker, pack, "run", orders, [segment.until_step for segment in pack])
+    def _halving(self, records: list[TrialRecord]) -> Scheduler:
+        pruning = self._sweep.pruning
+        rungs = plan_rungs(self._lengths(records), pruning)
+        depth = len(next(iter(rungs.values()), ()))
+        if not pruning.hyperband or depth < 2:
+            return Halving(rungs, pruning.reduction_factor)
+        shares = bracket_shares(depth, pruning.reduction_factor)
+        chosen = allot(max(record.number for record in records) + 1, shares)
+        parts = {record.id: chosen[record.number] for record in records if record.id in rungs}
+        halvings = [
+            Halving({t: rungs[t][b:] for t in rungs if parts[t] == b}, pruning.reduction_factor) for b in range(depth)
+        ]
+        return Brackets(parts, halvings)
 
-    def _next_pack(self, most: int) -> list[Segment]:
-        """Segments to train together, taken from the cohort; all in one precision, for they share a base."""
-        pack: list[Segment] = []
-        while len(pack) < most and (segment := self._halving.next_segment()) is not None:
-            record = self._records[segment.trial]
-            together = not pack or (record.deaths == 0 and self._precision(segment) == self._precision(pack[0]))
-            if not together:
-                self._halving.release(segment.trial)
-                break
-            pack.append(segment)
-            if record.deaths:
-                break
-        return pack
 
-    def _precision(self, segment: Segment) -> str:
-        return self._records[segment.trial].params["precision"]
+class _Asynchronous:
+    """All trials of a sweep under ASHA, drawn as workers ask for them."""
 
-    def _take(self, outcome: Outcome, advance: Callable[[float], None]) -> None:
-        pack: list[Segment] = outcome.task
-        records = [self._records[segment.trial] for segment in pack]
-        before = sum(record.steps for record in records)
-        results: list[Any] = [None] * len(pack) if outcome.result is None else list(outcome.result)
-        for record, segment, progress in zip(records, pack, results, strict=True):
-            if progress is None and outcome.died:
-                self._take_death(record, outcome.error)
-            elif progress is None:
-                self._fail(record, str(outcome.error))
-            elif progress["error"] is not None:
-                record.add_progress(progress)
-                self._fail(record, progress["error"])
-            else:
-                self._take_progress(record, segment, progress)
-        advance(sum(record.steps for record in records) - before)
-        changed = [other for other in self._records.values() if self._take_state(other)]
-        for other in [*(record for record in records if record not in changed), *changed]:
-            self._driver.publish(other)
+    def __init__(self, driver: SweepDriver, sweep: SweepConfig, count: int) -> None:
+        self._driver = driver
+        self._count = count
+        self._pruning = sweep.pruning
+        self._longest = driver.longest()
+        self._next = 0
+        depth = len(rungs_of(TrialLength(1, 0), self._pruning, *self._longest))
+        shares = bracket_shares(depth, self._pruning.reduction_factor) if self._pruning.hyperband else [1.0]
+        self._parts = allot(count, shares)
+        self._scheduler = Brackets({}, [AsyncHalving({}, self._pruning.reduction_factor) for _ in shares])
 
-    def _take_progress(self, record: TrialRecord, segment: Segment, progress: Mapping[str, Any]) -> None:
-        record.add_progress(progress)
-        loss, step = progress["validation_loss"], progress["step"]
-        if progress["interrupted"]:
-            self._study.save(record)
-            self._halving.release(record.id)
-        elif step != segment.until_step:
-            self._fail(record, f"the worker ended at step {step} instead of {segment.until_step}")
-        elif loss is None or not math.isfinite(loss):
-            self._fail(record, f"the validation loss at step {step} is {loss}")
-        else:
-            self._study.save(record)
-            self._halving.report(record.id, loss)
+    def run(self, pool: WorkerPool) -> None:
+        """Work until every trial is finished; what was drawn before comes first."""
+        drawn = [record for _ in range(self._driver.study.drawn) if (record := self._draw()) is not None]
+        Cohort(self._driver, self._scheduler, drawn, self._draw).run(pool)
 
-    def _take_death(self, record: TrialRecord, reason: str | None) -> None:
-        record.deaths += 1
-        if record.deaths > self._sweep.max_attempts:
-            self._fail(record, f"its worker died {record.deaths} times, the last time with: {reason}")
-            return
-        _LOGGER.warning("trial %s lost its worker (%s) and goes on from its last checkpoint", record.id, reason)
-        self._study.save(record)
-        self._halving.release(record.id)
-
-    def _fail(self, record: TrialRecord, error: str) -> None:
-        record.error = error
-        self._study.save(record)
-        self._halving.fail(record.id)
-
-    def _take_state(self, record: TrialRecord) -> bool:
-        state = self._halving.states.get(record.id, record.state)
-        changed = state != record.state
-        record.state = state
-        self._study.tell(record)
-        return changed
+    def _draw(self) -> TrialRecord | None:
+        if self._next >= self._count:
+            self._scheduler.close()
+            return None
+        record = self._driver.study.records(self._next + 1)[self._next]
+        self._next += 1
+        try:
+            length = self._driver.length_of(record)
+        except SweepError as error:
+            refused(record, self._driver.study, error)
+            return record
+        part = self._parts[record.number]
+        self._scheduler.add(record.id, part, rungs_of(length, self._pruning, *self._longest)[part:])
+        return record

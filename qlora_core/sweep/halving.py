@@ -6,122 +6,174 @@ to the trial drawn first. A failed trial counts as the worst of its rung.
 Why not Optuna's SuccessiveHalvingPruner: it is asynchronous and judges a trial against those that happen to have
 reported before it, so its result depends on the number of workers and on their speed. Here the set of survivors is
 that of synchronous halving whatever the order of reports. It is still not a barrier: a trial goes on, or is pruned,
-as soon as no missing report can change that.
+as soon as no missing report can change that. `asha` is the one that trades this for never waiting.
+
+A report costs a binary search and a shift in a sorted list, so that cohorts of many thousands stay cheap.
 """
 
 import math
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
-TrialState = Literal["waiting", "complete", "pruned", "failed"]
+from qlora_core.sweep.scheduler import OpenSegments, Segment, TrialState
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A piece of work for a worker: train `trial` up to `until_step`, where rung number `rung` stands."""
+@dataclass
+class _Rung:
+    """`members`: how many trials came here, final once the rung below is decided. `ranked`: those that reported."""
 
-    trial: str
-    rung: int
-    until_step: int
+    members: int = 0
+    ranked: list[tuple[float, int, str]] = field(default_factory=list)
+
+    @property
+    def missing(self) -> int:
+        return self.members - len(self.ranked)
 
 
 class Halving:
     """One cohort. `rungs`: for each trial, in the order drawn, the steps it is compared at, equally many."""
 
     def __init__(self, rungs: Mapping[str, Sequence[int]], reduction_factor: int) -> None:
-        self._rungs = {trial: tuple(steps) for trial, steps in rungs.items()}
+        self._steps = {trial: tuple(steps) for trial, steps in rungs.items()}
         self._order = {trial: place for place, trial in enumerate(rungs)}
         self._factor = reduction_factor
-        count = len(next(iter(self._rungs.values()))) if self._rungs else 0
-        self._members: list[set[str]] = [set() for _ in range(count)]
-        if count:
-            self._members[0] = set(self._rungs)
-        self._losses: list[dict[str, float]] = [{} for _ in range(count)]
-        self._position = dict.fromkeys(self._rungs, 0)
-        self._running: set[str] = set()
-        self.states: dict[str, TrialState] = dict.fromkeys(self._rungs, "waiting")
+        count = len(next(iter(self._steps.values()))) if self._steps else 0
+        self._rungs = [_Rung(len(self._steps) if rung == 0 else 0) for rung in range(count)]
+        self._frontier = 0  # the rung that is being decided; those below are
+        self._position = dict.fromkeys(self._steps, 0)
+        self._reported: dict[str, int] = dict.fromkeys(self._steps, -1)
+        self._loss: dict[str, float] = {}
+        self._open = OpenSegments()
+        self._waiting = len(self._steps)
+        self._changed: list[str] = []
+        self.states: dict[str, TrialState] = dict.fromkeys(self._steps, "waiting")
+        for trial in self._steps:
+            self._offer(trial)
 
     @property
     def finished(self) -> bool:
         """Whether every trial is complete, pruned or failed."""
-        return all(state != "waiting" for state in self.states.values())
+        return self._waiting == 0
 
     def due(self, trial: str) -> Segment | None:
         """The segment a trial needs next, dispatched or not; None when it is finished or awaits a decision."""
         rung = self._position[trial]
-        if self.states[trial] != "waiting" or trial in self._losses[rung]:
+        if self.states[trial] != "waiting" or self._reported[trial] >= rung:
             return None
-        return Segment(trial, rung, self._rungs[trial][rung])
+        return Segment(trial, rung, self._steps[trial][rung])
+
+    def state_of(self, trial: str) -> TrialState:
+        """Whether a trial is complete, pruned, failed, or waits."""
+        return self.states[trial]
 
     @property
     def open_segments(self) -> int:
         """How many segments could be dispatched now."""
-        return len(self._open())
-
-    def _open(self) -> list[Segment]:
-        return [
-            segment for trial in self._rungs if trial not in self._running and (segment := self.due(trial)) is not None
-        ]
+        return len(self._open)
 
     def next_segment(self) -> Segment | None:
         """Take the next segment to dispatch: deepest rung first, then the order drawn. None: nothing to do now."""
-        waiting = self._open()
-        if not waiting:
-            return None
-        chosen = min(waiting, key=lambda segment: (-segment.rung, self._order[segment.trial]))
-        self._running.add(chosen.trial)
-        return chosen
+        return self._open.take()
 
     def release(self, trial: str) -> None:
         """Give a dispatched segment back unfinished, to be taken again."""
-        self._running.discard(trial)
+        self._offer(trial)
 
     def report(self, trial: str, loss: float) -> None:
         """The loss (nats per token, finite) of a trial at the rung it was due at."""
-        self._running.discard(trial)
         self._enter(trial, loss)
         self._settle()
 
     def fail(self, trial: str) -> None:
         """A trial that will never report again. It keeps its place in its rung, as the worst."""
-        self._running.discard(trial)
-        self.states[trial] = "failed"
-        self._losses[self._position[trial]][trial] = math.inf
+        self._finish(trial, "failed")
+        self._enter(trial, math.inf)
         self._settle()
 
+    def take_changes(self) -> list[str]:
+        """The trials whose state has changed since the last call, in that order."""
+        changed, self._changed = self._changed, []
+        return changed
+
+    def restore(
+        self, results: Mapping[str, Mapping[int, float]], failed: Iterable[str], reached: Mapping[str, int]
+    ) -> None:
+        """Bring a fresh cohort to where the recorded losses and failures had brought it; decisions follow from them."""
+        del reached
+        replay(self, results, failed)
+
+    def _offer(self, trial: str) -> None:
+        if (segment := self.due(trial)) is not None:
+            self._open.add(segment, self._order[trial])
+
+    def _finish(self, trial: str, state: TrialState) -> None:
+        if self.states[trial] == "waiting":
+            self._waiting -= 1
+        self.states[trial] = state
+        self._open.discard(trial)
+        self._changed.append(trial)
+
     def _enter(self, trial: str, loss: float) -> None:
-        rung = self._position[trial]
-        self._losses[rung][trial] = loss
-        if rung == len(self._losses) - 1:
-            self.states[trial] = "complete"
+        number = self._position[trial]
+        rung = self._rungs[number]
+        entry = (loss, self._order[trial], trial)
+        insort(rung.ranked, entry)
+        self._reported[trial], self._loss[trial] = number, loss
+        self._open.discard(trial)
+        if number == len(self._rungs) - 1:
+            if self.states[trial] == "waiting":
+                self._finish(trial, "complete")
+        elif number == self._frontier:
+            self._decide_after(rung, entry)
+
+    def _decide_after(self, rung: _Rung, entry: tuple[float, int, str]) -> None:
+        """What one more report decides: one trial may fall out, and one place becomes certain."""
+        keep = self._kept_of(rung)
+        place = bisect_left(rung.ranked, entry)
+        out = max(place, keep)
+        if out < len(rung.ranked):
+            self._drop(rung.ranked[out][2])
+        certain = keep - rung.missing
+        for rank in {place, certain - 1}:
+            if 0 <= rank < min(certain, len(rung.ranked)):
+                self._promote(rung.ranked[rank][2])
 
     def _settle(self) -> None:
-        for rung in range(len(self._losses) - 1):
-            missing = len(self._members[rung]) - len(self._losses[rung])
-            self._decide(rung, missing)
-            if missing:
-                # The next rung's size is not known before this one is decided, and so neither is who survives there.
-                return
+        while self._frontier < len(self._rungs) - 1 and not self._rungs[self._frontier].missing:
+            # The next rung's size is known only now that this one is decided, and with it who survives there.
+            self._frontier += 1
+            if self._frontier < len(self._rungs) - 1:
+                self._decide_all(self._rungs[self._frontier])
 
-    def _decide(self, rung: int, missing: int) -> None:
-        keep = math.ceil(len(self._members[rung]) / self._factor)
-        losses = self._losses[rung]
-        ranked = sorted(losses, key=lambda trial: (losses[trial], self._order[trial]))
-        for rank, trial in enumerate(ranked):
-            if self.states[trial] != "waiting" or self._position[trial] != rung:
-                continue
+    def _decide_all(self, rung: _Rung) -> None:
+        keep = self._kept_of(rung)
+        certain = keep - rung.missing
+        for rank, (_, _, trial) in enumerate(list(rung.ranked)):
             if rank >= keep:
-                at_its_end = self._rungs[trial][rung] == self._rungs[trial][-1]
-                self.states[trial] = "complete" if at_its_end else "pruned"
-            elif rank + missing < keep:
-                self._promote(trial, rung + 1)
+                self._drop(trial)
+            elif rank < certain:
+                self._promote(trial)
 
-    def _promote(self, trial: str, rung: int) -> None:
-        self._position[trial] = rung
-        self._members[rung].add(trial)
-        if self._rungs[trial][rung] == self._rungs[trial][rung - 1]:
-            self._enter(trial, self._losses[rung - 1][trial])
+    def _kept_of(self, rung: _Rung) -> int:
+        return math.ceil(rung.members / self._factor)
+
+    def _drop(self, trial: str) -> None:
+        rung = self._position[trial]
+        if self.states[trial] == "waiting" and rung == self._frontier:
+            at_its_end = self._steps[trial][rung] == self._steps[trial][-1]
+            self._finish(trial, "complete" if at_its_end else "pruned")
+
+    def _promote(self, trial: str) -> None:
+        rung = self._position[trial]
+        if self.states[trial] != "waiting" or rung != self._frontier:
+            return
+        self._position[trial] = rung + 1
+        self._rungs[rung + 1].members += 1
+        if self._steps[trial][rung + 1] == self._steps[trial][rung]:
+            self._enter(trial, self._loss[trial])
+        else:
+            self._offer(trial)
 
 
 def replay(halving: Halving, results: Mapping[str, Mapping[int, float]], failed: Iterable[str]) -> None:

@@ -3,8 +3,10 @@
 Knows the sweep's inputs as folders. Says nothing of machines elsewhere: workers of a cluster have memory of their own.
 """
 
+import itertools
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,20 @@ from qlora_core.config.compute import ComputeConfig
 from qlora_core.config.quantize import QuantizeConfig
 from qlora_core.config.sweep import FloatRange, SweepConfig
 from qlora_core.config.train import TrainConfig
-from qlora_core.errors import DataError
+from qlora_core.errors import DataError, SweepError, TrainingError
 from qlora_core.quantization.checkpoint import read_model_config
-from qlora_core.sweep.space import cohort_size
+from qlora_core.sweep.space import cohort_size, trial_params
+from qlora_core.training.memory.activations import LoraShape
 from qlora_core.training.memory.machine import local_device
 from qlora_core.training.memory.parts import Workload
 from qlora_core.training.memory.plan import MemoryPlan, plan_memory, refuse_unfit
 from qlora_core.training.memory.shapes import read_shapes
 
 _LOGGER = logging.getLogger(__name__)
+_SIZE_FIELDS = (
+    "lora_rank", "micro_batch_size", "gradient_checkpointing", "use_dora", "optimizer", "lora_init", "target_modules",
+)  # fmt: skip
+_MOST_POINTS = 256
 _STATE_SIZES = ("sgd", "paged_adamw_8bit", "lion", "adamw", "paged_adamw_32bit")  # from small to large
 
 
@@ -34,12 +41,13 @@ def check_memory(
     *,
     most_workers: int,
     pack_size: int = 1,
+    sharers: int | None = None,
 ) -> MemoryPlan | None:
     """The plan of packs of the largest trial on this machine's device; None where the workers are elsewhere.
 
     Its `pack_size` is the largest that fits, `pack_size` at most. Micro-batches and gradient checkpointing are as
     configured where a trial fits with them, alone if need be; else the plan says how it does. Workers on CPUs divide
-    what is available, and are `most_workers` at most.
+    what is available, and are `most_workers` at most, or `sharers` where that is given.
 
     Raises:
         TrainingError: it cannot fit; bytes and the setting that would do are named.
@@ -48,10 +56,10 @@ def check_memory(
     if compute.ray_address is not None:
         return None
     device, available = local_device()
-    workers = min(cohort_size(sweep), compute.workers or most_workers)
+    workers = sharers or min(cohort_size(sweep), compute.workers or most_workers)
     if device == "cpu" and available is not None:
         available //= workers
-    training, validation = longest_rows(curated)
+    training, validation = longest_rows(curated, pairs=train.objective == "dpo")
     work = Workload(largest_trial(sweep, train), stored_format(quantized), training, validation)
     shapes = read_shapes(quantized)
     tries = [(size, True) for size in range(max(1, pack_size), 0, -1)]
@@ -71,6 +79,83 @@ def check_memory(
         " ".join(plan.reasons),
     )
     return plan
+
+
+Refuse = Callable[[TrainConfig], "str | None"]
+"""Why a trial of these settings does not fit; None where it does."""
+
+
+def plan_space(
+    sweep: SweepConfig,
+    train: TrainConfig,
+    compute: ComputeConfig,
+    quantized: Path,
+    curated: Path,
+    *,
+    most_workers: int,
+    pack_size: int = 1,
+) -> tuple[MemoryPlan | None, Refuse]:
+    """The plan as `check_memory` makes it; where the largest trial does not fit, that of the largest point that does.
+
+    The second result then says of a trial why it does not: it fails alone.
+
+    Raises:
+        TrainingError: no point fits; the smallest one's bytes, and the setting that would do, are named.
+        ModelError, DataError: as `check_memory`.
+    """
+    workers = min(cohort_size(sweep), compute.workers or most_workers)
+
+    def plan_of(params: TrainConfig) -> MemoryPlan | None:
+        alone = SweepConfig()
+        return check_memory(alone, params, compute, quantized, curated, most_workers=workers, sharers=workers)
+
+    def refuse(params: TrainConfig) -> str | None:
+        try:
+            plan_of(params)
+        except TrainingError as error:
+            return str(error)
+        return None
+
+    try:
+        whole = check_memory(sweep, train, compute, quantized, curated, most_workers=most_workers, pack_size=pack_size)
+    except TrainingError as error:
+        plans = [plan for params in _points(sweep, train) if (plan := _or_none(plan_of, params)) is not None]
+        if not plans:
+            smallest = _points(sweep, train)[0]
+            drawn = {name: getattr(smallest, name) for name in sweep.space}
+            reason = refuse(smallest) or str(error)
+            if not drawn:
+                raise
+            raise TrainingError(f"every point of sweep.space is refused; the smallest, {drawn}: {reason}") from error
+        _LOGGER.warning("some points of sweep.space do not fit and will fail: %s", error)
+        return max(plans, key=lambda plan: plan.needed_bytes), refuse
+    return whole, lambda params: None
+
+
+def _or_none(plan_of: Callable[[TrainConfig], "MemoryPlan | None"], params: TrainConfig) -> MemoryPlan | None:
+    try:
+        return plan_of(params)
+    except TrainingError:
+        return None
+
+
+def _points(sweep: SweepConfig, train: TrainConfig) -> list[TrainConfig]:
+    """Points of a space, the smallest first: every one of a short grid, else those at the low and high ends."""
+    ends = {
+        name: [values.low, values.high] if isinstance(values, FloatRange) else values
+        for name, values in sweep.space.items()
+        if name in _SIZE_FIELDS
+    }
+    found: list[TrainConfig] = []
+    for point in itertools.islice(itertools.product(*ends.values()), _MOST_POINTS):
+        drawn = {
+            name: int(value) if isinstance(value, float) else value for name, value in zip(ends, point, strict=True)
+        }
+        try:
+            found.append(trial_params(train, drawn))
+        except SweepError:
+            continue
+    return sorted(found or [train], key=lambda params: (params.micro_batch_size, params.lora_rank))
 
 
 def execution_settings(compute: ComputeConfig, plan: MemoryPlan | None) -> dict[str, Any]:
@@ -112,6 +197,11 @@ def plan_record(plan: MemoryPlan | None) -> dict[str, Any] | None:
     return {**{name: getattr(plan, name) for name in names}, "reasons": list(plan.reasons)}
 
 
+def lora_shape(params: TrainConfig) -> LoraShape:
+    """What of a trial's settings decides how many numbers it trains."""
+    return Workload(params, QuantizeConfig(), 1, 1).lora
+
+
 def largest_trial(sweep: SweepConfig, train: TrainConfig) -> TrainConfig:
     """A trial that takes at least as much memory as any of the sweep: the worst value of every setting that counts."""
     settings: dict[str, Any] = {name: max(_values(sweep, train, name)) for name in ("lora_rank", "micro_batch_size")}
@@ -133,8 +223,10 @@ def _values(sweep: SweepConfig, train: TrainConfig, name: str) -> list[Any]:
     return [getattr(train, name)] if found is None else found
 
 
-def longest_rows(curated: Path) -> tuple[int, int]:
+def longest_rows(curated: Path, *, pairs: bool = False) -> tuple[int, int]:
     """Tokens of the longest training row (packed sequence, where there are any) and of the longest validation row.
+
+    With `pairs`, of the longest preference pair, both answers together, and of the longest answer in validation.
 
     Raises:
         DataError: the folder is no curated set.
@@ -146,6 +238,8 @@ def longest_rows(curated: Path) -> tuple[int, int]:
 
     lengths = polars.col("input_ids").list.len()
     try:
+        if pairs:
+            return _longest_pairs(curated)
         training = polars.scan_parquet(shard_files(curated, "train")).select("id", length=lengths).collect()
         validation = polars.scan_parquet(shard_files(curated, "validation")).select(lengths.max()).collect().item()
     except (OSError, polars.exceptions.PolarsError) as error:
@@ -155,6 +249,17 @@ def longest_rows(curated: Path) -> tuple[int, int]:
     if packs is None:
         return max(length_of.values(), default=0), int(validation or 0)
     return max((sum(length_of.get(row, 0) for row in ids) for ids in packs), default=0), int(validation or 0)
+
+
+def _longest_pairs(curated: Path) -> tuple[int, int]:
+    import polars
+
+    from qlora_core.data.shards import shard_files
+
+    better, worse = (polars.col(name).list.len().fill_null(0) for name in ("input_ids", "rejected_ids"))
+    both = polars.scan_parquet(shard_files(curated, "train")).select((better + worse).max())
+    longer = polars.scan_parquet(shard_files(curated, "validation")).select(polars.max_horizontal(better, worse).max())
+    return int(both.collect().item() or 0), int(longer.collect().item() or 0)
 
 
 def mean_tokens(curated: Path) -> float:

@@ -9,30 +9,47 @@ from its checkpoint in the store. Knows where things are kept; the driver knows 
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qlora_core.config.compute import ComputeConfig
-from qlora_core.config.sweep import SweepConfig
+from qlora_core.config.sweep import WITHOUT_EFFECT, SweepConfig
 from qlora_core.config.train import TrainConfig
-from qlora_core.errors import DataError, SweepError
+from qlora_core.errors import SweepError
 from qlora_core.sweep.adapter_card import write_adapter_card
-from qlora_core.sweep.cluster import MOST_CPU_WORKERS, Cluster, Outcome, ray_connection
-from qlora_core.sweep.driver import OnTrial, SweepDriver
+from qlora_core.sweep.cluster import MOST_CPU_WORKERS, Cluster
+from qlora_core.sweep.cost import actual_cost, cost_line, predicted_cost, seconds_per_token
+from qlora_core.sweep.driver import SweepDriver
+from qlora_core.sweep.finalists import Finals, best_trial, front
 from qlora_core.sweep.keeper import work_name
+from qlora_core.sweep.live_table import SweepView, live_table
 from qlora_core.sweep.lock import DRIVER_LOCK, OTHER_DRIVER_S, exclusive_lock
-from qlora_core.sweep.memory_check import check_memory, execution_settings, mean_tokens, pass_settings, plan_record
+from qlora_core.sweep.memory_check import (
+    Refuse,
+    execution_settings,
+    lora_shape,
+    mean_tokens,
+    pass_settings,
+    plan_record,
+    plan_space,
+)
 from qlora_core.sweep.pack_size import pack_size
+from qlora_core.sweep.pool import Outcome
+from qlora_core.sweep.ray_connection import ray_connection
 from qlora_core.sweep.record import TrialRecord
 from qlora_core.sweep.rungs import TrialLength
-from qlora_core.sweep.space import cohort_size
-from qlora_core.sweep.study import best_record, open_study, set_aside
+from qlora_core.sweep.space import cohort_size, trial_count
+from qlora_core.sweep.study import STUDY, SweepStudy, open_study, set_aside
+from qlora_core.sweep.trial_length import trained_rows
 from qlora_core.sweep.worker import SweepWorker
 from qlora_core.training.memory.machine import local_device
-from qlora_core.training.schedule import total_steps, warmup_steps
+from qlora_core.training.memory.parts import adapter_sizes
+from qlora_core.training.memory.plan import MemoryPlan
+from qlora_core.training.memory.shapes import read_shapes
 
+OnRow = Callable[[dict[str, Any]], None]
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -45,7 +62,8 @@ class SweepWork:
 
     `store` are the arguments of `open_store`, as JSON data: there each trial's newest checkpoint is kept too, under the
     name of `work_dir`, which must be the sweep's own. None keeps them in `work_dir` alone. `lease` is the name of the
-    lease under which the sweep runs, `inputs` the digests of the artifacts it is made from.
+    lease under which the sweep runs, `inputs` the digests of the artifacts it is made from. `original_folder` is the
+    checkpoint that the base was quantized from, where it is at hand: starts that need it are refused without.
     """
 
     quantized_folder: Path
@@ -55,6 +73,7 @@ class SweepWork:
     store: Mapping[str, Any] | None = None
     lease: str = ""
     inputs: Mapping[str, str] = field(default_factory=dict)
+    original_folder: Path | None = None
 
     @property
     def kept(self) -> dict[str, Any] | None:
@@ -69,6 +88,10 @@ class SweepWork:
         """The Optuna study; only the driver opens it."""
         return self.work_dir / "study.db"
 
+    def study_in(self, sweep: SweepConfig) -> tuple[Path | str, str]:
+        """Where the study is, and its name there: a file of its own, or the sweep's name in a shared database."""
+        return (self.study_file, STUDY) if sweep.storage is None else (sweep.storage, self.work_dir.name)
+
     @property
     def trials_dir(self) -> Path:
         """Checkpoints, a folder per trial."""
@@ -81,7 +104,7 @@ def run_sweep(
     compute: ComputeConfig,
     work: SweepWork,
     out: Path,
-    on_trial: OnTrial | None = None,
+    on_trial: OnRow | None = None,
 ) -> dict[str, Any]:
     """Train the sweep's trials and write `sweep.json` and `adapter/` (the best trial's PEFT folder) into `out`.
 
@@ -89,67 +112,149 @@ def run_sweep(
     for each trial when it is taken up again after an interruption (`state` is "waiting" until it is finished).
 
     Returns what `sweep.json` holds: `method`, `varied` (names in the search space), `trials`, `best` (a trial's id),
-    `memory` (how the largest trial was planned to run and why; None where the workers are elsewhere).
-    Raises SweepError when no trial finished, listing every trial's error; the next call then tries all of them again.
-    Raises TrainingError, before anything is loaded, when the largest trial does not fit this machine's memory, and
-    LeaseLostError when another machine has taken the sweep over.
+    `objectives` and `front` (ids of trials no other beats in all of them), `finals` (see `Finals.run`; None without
+    finalists), `cost` (`predicted` and `actual`, see `cost`), `memory` (how the largest trial was planned to run and
+    why; None where the workers are elsewhere).
+    Raises SweepError when no trial finished, listing every trial's error; the next call then tries all of them again;
+    and, before anything is loaded, when the study cannot be written. Raises TrainingError, before anything is loaded,
+    when no trial fits this machine's memory, and LeaseLostError when another machine has taken the sweep over.
     """
     with exclusive_lock(work.work_dir / DRIVER_LOCK, purpose="this sweep runs already", wait_s=OTHER_DRIVER_S):
-        inputs = (work.quantized_folder, work.curated_folder)
-        together = _pack_size(train, compute, work)
-        plan = check_memory(sweep, train, compute, *inputs, most_workers=MOST_CPU_WORKERS, pack_size=together)
-        execution = {
-            "residency": execution_settings(compute, plan),
-            "limits": pass_settings(sweep, train, plan),
-        }
-        together = together if plan is None else plan.pack_size
-        records, best = _train_and_export(sweep, train, compute, work, execution, together, on_trial)
-        if best is None:
-            kept = set_aside(work.study_file)
-            errors = "; ".join(f"{record.id}: {record.error}" for record in records)
-            raise SweepError(f"none of {len(records)} trials finished: {errors} (the study is kept as {kept})")
-        summary = {
-            "method": sweep.method,
-            "varied": sorted(sweep.space),
-            "trials": [record.row() for record in records],
-            "best": best.id,
-            "memory": plan_record(plan),
-        }
-        shutil.copytree(_export_folder(work, best), out / "adapter", dirs_exist_ok=True)
+        planned = _plan(sweep, train, compute, work)
+        where, name = work.study_in(sweep)
+        with open_study(where, sweep, train, _identity(sweep, train, work.lineage), name) as study:
+            found = _Run(sweep, train, compute, work, study, on_trial).run(*planned)
+        if found.best is None:
+            kept = set_aside(where, name, "failed")
+            errors = "; ".join(f"{record.id}: {record.error}" for record in found.records)
+            raise SweepError(f"none of {len(found.records)} trials finished: {errors} (the study is kept as {kept})")
+        summary = found.summary(sweep)
+        shutil.copytree(_export_folder(work, found.best), out / "adapter", dirs_exist_ok=True)
         (out / "sweep.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+        if sweep.storage is not None:
+            # The checkpoints go once this is stored; a study that speaks of them must not be taken up again.
+            set_aside(where, name, "done")
         return summary
 
 
-def _train_and_export(
-    sweep: SweepConfig,
-    train: TrainConfig,
-    compute: ComputeConfig,
-    work: SweepWork,
-    execution: Mapping[str, Any],
-    together: int,
-    on_trial: OnTrial | None,
-) -> tuple[list[TrialRecord], TrialRecord | None]:
-    rows = _trained_rows(work.curated_folder)
-    with open_study(work.study_file, sweep, train, _identity(sweep, train, work.lineage)) as study:
-        driver = SweepDriver(study, sweep, train, lambda params: _length(params, rows), on_trial, pack_size=together)
-        arguments = {
-            "quantized_folder": str(work.quantized_folder.resolve()),
-            "curated_folder": str(work.curated_folder.resolve()),
-            "trials_dir": str(work.trials_dir.resolve()),
-            "precision": train.precision,
-            "kept": work.kept,
-            **execution,
-            "memory_sharers": min(cohort_size(sweep), compute.workers or MOST_CPU_WORKERS),
+@dataclass(frozen=True)
+class _Result:
+    records: list[TrialRecord]
+    best: TrialRecord | None
+    finals: dict[str, Any] | None
+    cost: dict[str, Any]
+    memory: dict[str, Any] | None
+
+    def summary(self, sweep: SweepConfig) -> dict[str, Any]:
+        """What `sweep.json` holds."""
+        return {
+            "method": sweep.method,
+            "varied": sorted(sweep.space),
+            "trials": [record.row() for record in self.records],
+            "best": None if self.best is None else self.best.id,
+            "objectives": list(sweep.objectives),
+            "front": [record.id for record in front(self.records, sweep.objectives)],
+            "finals": self.finals,
+            "cost": self.cost,
+            "memory": self.memory,
         }
-        with (
-            ray_connection(compute.ray_address, compute.workers),
-            Cluster(SweepWorker, arguments, compute, most=cohort_size(sweep)) as cluster,
-        ):
+
+
+class _Run:
+    """One call of `run_sweep`, its study open."""
+
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        train: TrainConfig,
+        compute: ComputeConfig,
+        work: SweepWork,
+        study: SweepStudy,
+        on_trial: OnRow | None,
+    ) -> None:
+        self._sweep, self._train, self._compute, self._work = sweep, train, compute, work
+        self._study = study
+        self._on_trial = on_trial
+        self._rate: float | None = None
+
+    def run(self, together: int, plan: MemoryPlan | None, refuse: Refuse) -> _Result:
+        """Train, choose, export."""
+        execution = {
+            "residency": execution_settings(self._compute, plan),
+            "limits": pass_settings(self._sweep, self._train, plan),
+        }
+        driver = self._driver(together, refuse)
+        cluster = Cluster(SweepWorker, self._arguments(execution), self._compute, most=cohort_size(self._sweep))
+        steps, tokens = driver.predicted()
+        view = SweepView(trial_count(self._sweep), tokens, self._compute.price_per_gpu_hour)
+        with ray_connection(self._compute.ray_address, self._compute.workers), cluster, live_table(view) as show:
+            self._show = show
             records = driver.run(cluster)
-            best = best_record(records)
+            best, finals = self._choose(driver, cluster, records)
             if best is not None:
-                _export(cluster, best, work, sweep.max_attempts)
-    return records, best
+                _export(cluster, best, self._work, self._sweep.max_attempts)
+            held = cluster.worker_seconds
+        price = self._compute.price_per_gpu_hour
+        predicted = predicted_cost(steps, tokens, self._rate, price)
+        actual = actual_cost([*records, *self._study.extras()], price, worker_seconds=held)
+        _LOGGER.info("sweep: %s", cost_line(predicted, actual))
+        return _Result(records, best, finals, {"predicted": predicted, "actual": actual}, plan_record(plan))
+
+    def _choose(
+        self, driver: SweepDriver, cluster: Cluster, records: list[TrialRecord]
+    ) -> tuple[TrialRecord | None, dict[str, Any] | None]:
+        if self._sweep.finalists is None:
+            return best_trial(records, self._sweep), None
+        return Finals(driver, self._sweep, self._sweep.finalists).run(cluster, records)
+
+    def _driver(self, together: int, refuse: Refuse) -> SweepDriver:
+        rows = trained_rows(self._work.curated_folder, self._train.objective)
+        shapes = read_shapes(self._work.quantized_folder)
+
+        def length_of(params: TrainConfig) -> TrialLength:
+            if (reason := refuse(params)) is not None:
+                raise SweepError(f"refused by the memory plan: {reason}")
+            return rows.length_of(params)
+
+        return SweepDriver(
+            self._study,
+            self._sweep,
+            self._train,
+            length_of,
+            self._take,
+            pack_size=together,
+            size_of=lambda params: sum(adapter_sizes(shapes, lora_shape(params)).values()),
+        )
+
+    def _take(self, record: TrialRecord) -> None:
+        self._show(record)
+        if self._rate is None and record.role == "trial":
+            # The first that is known: what comes after is what the prediction is compared with.
+            self._rate = seconds_per_token([record])
+        if self._on_trial is not None and record.role == "trial":
+            self._on_trial(record.row())
+
+    def _arguments(self, execution: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "quantized_folder": str(self._work.quantized_folder.resolve()),
+            "curated_folder": str(self._work.curated_folder.resolve()),
+            "trials_dir": str(self._work.trials_dir.resolve()),
+            "original_folder": str(original.resolve()) if (original := self._work.original_folder) else None,
+            "precision": self._train.precision,
+            "kept": self._work.kept,
+            **execution,
+            "memory_sharers": min(cohort_size(self._sweep), self._compute.workers or MOST_CPU_WORKERS),
+        }
+
+
+def _plan(
+    sweep: SweepConfig, train: TrainConfig, compute: ComputeConfig, work: SweepWork
+) -> tuple[int, MemoryPlan | None, Refuse]:
+    """How many trials go together, the memory plan, and what it refuses of single trials."""
+    together = _pack_size(train, compute, work)
+    inputs = (work.quantized_folder, work.curated_folder)
+    plan, refuse = plan_space(sweep, train, compute, *inputs, most_workers=MOST_CPU_WORKERS, pack_size=together)
+    return (together if plan is None else plan.pack_size), plan, refuse
 
 
 def _export(cluster: Cluster, best: TrialRecord, work: SweepWork, attempts: int) -> None:
@@ -160,7 +265,7 @@ def _export(cluster: Cluster, best: TrialRecord, work: SweepWork, attempts: int)
         outcome = _call(cluster, "export", {"id": best.id, "params": best.params}, str(folder.resolve()))
         if outcome.result is not None:
             break
-        deaths += outcome.died
+        deaths += outcome.died and not outcome.preempted
         if not outcome.died or deaths > attempts:
             raise SweepError(
                 f"the adapter of trial {best.id} could not be exported: {outcome.error}; its checkpoint is kept"
@@ -187,39 +292,14 @@ def _export_folder(work: SweepWork, record: TrialRecord) -> Path:
 
 def _pack_size(train: TrainConfig, compute: ComputeConfig, work: SweepWork) -> int:
     device = "cpu" if compute.ray_address is None and local_device()[0] == "cpu" else "cuda"
-    return pack_size(compute.pack_size, train, mean_tokens(work.curated_folder), device)
-
-
-def _length(params: TrainConfig, rows: int) -> TrialLength:
-    total = total_steps(params, rows)
-    return TrialLength(total, warmup_steps(params, total))
-
-
-def _trained_rows(curated: Path) -> int:
-    """What a batch is made of: packed sequences where there are any, else training rows with a trained token.
-
-    The first token of a row is never predicted, and so never trained.
-    """
-    import polars
-
-    from qlora_core.data.packing import count_packs
-    from qlora_core.data.shards import shard_files
-
-    packs = count_packs(curated)
-    if packs is not None:
-        return packs
-    has_trained_token = polars.col("loss_mask").list.slice(1).list.any()
-    try:
-        rows = polars.scan_parquet(shard_files(curated, "train")).select(has_trained_token.sum())
-        return int(rows.collect().item())
-    except (OSError, polars.exceptions.PolarsError) as error:
-        raise DataError(f"{curated} is no curated set: {error}; curate the data again") from error
+    answers = 2 if train.objective == "dpo" else 1
+    return pack_size(compute.pack_size, train, answers * mean_tokens(work.curated_folder), device)
 
 
 def _identity(sweep: SweepConfig, train: TrainConfig, lineage: Mapping[str, str]) -> dict[str, Any]:
     """All that the sweep's result depends on. How often to try again and how often to checkpoint are no part of it."""
     return {
-        "sweep": sweep.model_dump(mode="json", exclude={"max_attempts"}),
+        "sweep": sweep.model_dump(mode="json", exclude=set(WITHOUT_EFFECT)),
         "train": train.model_dump(mode="json", exclude={"checkpoint_every_steps"}),
         "data": lineage.get("data_digest"),
         "quantized base": lineage.get("quantized_base_digest"),

@@ -1,9 +1,10 @@
 """At which steps trials are compared. Pure arithmetic: knows nothing of losses, studies or workers.
 
-Rung k of a trial stands at `min_steps * reduction_factor**k` optimizer steps, the last one at its end. Without
-`min_steps` the first rung is a quarter of each trial's own steps, so that trials of different length are compared
-after equal shares of their work. A rung that would fall into a trial's warm-up moves to the first step after it: a
-loss at a learning rate that is still rising says little about the trial.
+Rung k of a trial stands at `min_steps * reduction_factor**k` optimizer steps, or at the first step by which it has had
+`min_tokens * reduction_factor**k` trained tokens, the last one at its end. Tokens make trials of different batch sizes
+comparable; a trial's are counted by the mean of its steps. Without either the first rung is a quarter of each trial's
+own steps, so that trials of different length are compared after equal shares of their work. A rung that would fall into
+a trial's warm-up moves to the first step after it: a loss at a learning rate that is still rising says little.
 
 Every trial of a cohort gets the same number of rungs, so that rung k of one can be compared with rung k of another; a
 short trial may therefore have several rungs at its end, and stands at the later ones with its final loss.
@@ -20,10 +21,16 @@ _FIRST_SHARE = 0.25
 
 @dataclass(frozen=True)
 class TrialLength:
-    """Optimizer steps of one trial, and how many of them are warm-up."""
+    """Optimizer steps of one trial, how many of them are warm-up, and the trained tokens of one, on the mean."""
 
     total_steps: int
     warmup_steps: int
+    tokens_per_step: float = 1.0
+
+    @property
+    def total_tokens(self) -> float:
+        """Trained tokens of the whole trial."""
+        return self.total_steps * self.tokens_per_step
 
 
 def plan_rungs(lengths: Mapping[str, TrialLength], pruning: PruningConfig) -> dict[str, tuple[int, ...]]:
@@ -33,16 +40,21 @@ def plan_rungs(lengths: Mapping[str, TrialLength], pruning: PruningConfig) -> di
     """
     if not pruning.enabled or len(lengths) < 2:
         return {trial: (length.total_steps,) for trial, length in lengths.items()}
-    return {trial: _rungs_of(length, lengths, pruning) for trial, length in lengths.items()}
+    steps = max(length.total_steps for length in lengths.values())
+    tokens = max(length.total_tokens for length in lengths.values())
+    return {trial: rungs_of(length, pruning, steps, tokens) for trial, length in lengths.items()}
 
 
-def _rungs_of(length: TrialLength, lengths: Mapping[str, TrialLength], pruning: PruningConfig) -> tuple[int, ...]:
-    total = length.total_steps
-    if pruning.min_steps is None:
-        planned = [math.ceil(share * total) for share in _shares(pruning.reduction_factor)]
+def rungs_of(length: TrialLength, pruning: PruningConfig, longest_steps: int, longest_tokens: float) -> tuple[int, ...]:
+    """The rungs of one trial beside others, of which the longest has so many steps, and one so many tokens."""
+    total, factor = length.total_steps, pruning.reduction_factor
+    if pruning.min_tokens is not None:
+        budgets = _powers(pruning.min_tokens, factor, math.ceil(longest_tokens))
+        planned = [math.ceil(round(tokens / length.tokens_per_step, 6)) for tokens in budgets]
+    elif pruning.min_steps is not None:
+        planned = _powers(pruning.min_steps, factor, longest_steps)
     else:
-        longest = max(other.total_steps for other in lengths.values())
-        planned = _powers(pruning.min_steps, pruning.reduction_factor, longest)
+        planned = [math.ceil(share * total) for share in _shares(factor)]
     return *(min(total, max(step, length.warmup_steps + 1)) for step in planned), total
 
 

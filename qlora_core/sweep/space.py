@@ -8,8 +8,8 @@ points.
 import json
 import math
 import types
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -17,12 +17,18 @@ from qlora_core.config.sweep import FloatRange, SweepConfig
 from qlora_core.config.train import TrainConfig
 from qlora_core.digest import digest_json
 from qlora_core.errors import SweepError
+from qlora_core.sweep.record import TrialRecord
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.distributions import BaseDistribution as Distribution
+    from optuna.trial import FrozenTrial
 
 DEFAULT_DRAWS = 8
 """Trials of a random or TPE sweep that names no number."""
+
+LEARNING = ("tpe", "cmaes")
+"""Methods whose draws depend on earlier results."""
 
 _SMALLEST_COHORT = 4
 _ENCODED = "json:"
@@ -48,12 +54,17 @@ def trial_count(sweep: SweepConfig) -> int:
 def cohort_size(sweep: SweepConfig) -> int:
     """How many trials are drawn together and halved against each other.
 
-    Grid and random draws need no results, so all trials are one cohort. TPE learns between cohorts: a quarter of the
-    trials, at least four. The size must not come from the number of workers, or the result would.
+    Grid and random draws need no results, so all trials are one cohort. TPE and CMA-ES learn between cohorts: a quarter
+    of the trials, at least four. The size must not come from the number of workers, or the result would. Asynchronous
+    halving has one cohort, drawn trial by trial as workers ask for more.
     """
     count = trial_count(sweep)
-    if sweep.method != "tpe":
+    if sweep.method not in LEARNING or (sweep.pruning.enabled and sweep.pruning.method == "asha"):
         return count
+    return _cohort_of(count)
+
+
+def _cohort_of(count: int) -> int:
     return min(count, max(_SMALLEST_COHORT, math.ceil(count / 4)))
 
 
@@ -68,31 +79,86 @@ def make_sampler(sweep: SweepConfig, number: int, name: str = "") -> "optuna.sam
     if sweep.method == "grid":
         # One order of the grid for the whole sweep: Optuna takes its points by trial number.
         return optuna.samplers.GridSampler(_encoded_lists(sweep.space), seed=sweep.seed)
-    if sweep.method == "random":
+    if sweep.method in ("random", "cmaes"):
         return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=cohort_size(sweep), constant_liar=True)
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_cohort_of(trial_count(sweep)), constant_liar=True)
 
 
-def suggest(trial: "optuna.Trial", name: str, values: list[Any] | FloatRange) -> None:
-    """Draw one parameter into the trial, unless it has it already.
+def distribution_of(name: str, values: list[Any] | FloatRange) -> "Distribution":
+    """What a field is drawn from, as Optuna stores it.
 
     Raises SweepError for a range over a field that holds no number, or holding no whole number where one is needed.
     """
+    from optuna import distributions
+
     if isinstance(values, list):
-        trial.suggest_categorical(name, _encoded_list(values))
-    elif _holds(name, int):
+        return distributions.CategoricalDistribution(_encoded_list(values))
+    if _holds(name, int):
         low, high = math.ceil(values.low), math.floor(values.high)
         if low > high:
             raise SweepError(
                 f"sweep.space.{name}: {values.low} to {values.high} holds no whole number, and {name} needs one"
             )
-        trial.suggest_int(name, low, high, log=values.log)
-    elif _holds(name, float):
-        trial.suggest_float(name, values.low, values.high, log=values.log)
+        return distributions.IntDistribution(low, high, log=values.log)
+    if _holds(name, float):
+        return distributions.FloatDistribution(values.low, values.high, log=values.log)
+    raise SweepError(
+        f"sweep.space.{name}: a range needs a field that holds a number; {name} does not: list its values instead"
+    )
+
+
+def suggest(trial: "optuna.Trial", name: str, values: list[Any] | FloatRange) -> None:
+    """Draw one parameter into the trial, unless it has it already; raises as `distribution_of` does."""
+    spec: Any = distribution_of(name, values)
+    if isinstance(values, list):
+        trial.suggest_categorical(name, _encoded_list(values))
+    elif _holds(name, int):
+        trial.suggest_int(name, int(spec.low), int(spec.high), log=values.log)
     else:
-        raise SweepError(
-            f"sweep.space.{name}: a range needs a field that holds a number; {name} does not: list its values instead"
-        )
+        trial.suggest_float(name, values.low, values.high, log=values.log)
+
+
+class PointDrawer:
+    """Draws points that depend on the seed, the number and whole earlier cohorts: every method but TPE."""
+
+    def __init__(self, sweep: SweepConfig) -> None:
+        self._sweep = sweep
+        self._specs = {name: distribution_of(name, values) for name, values in sorted(sweep.space.items())}
+        self._grid = make_sampler(sweep, 0) if sweep.method == "grid" and sweep.space else None
+
+    def draw(self, number: int, earlier: Sequence[TrialRecord]) -> "FrozenTrial":
+        """Trial `number` as Optuna stores it, still to be run. `earlier`: the trials before it, for CMA-ES alone."""
+        from optuna.trial import TrialState, create_trial
+
+        trial = create_trial(state=TrialState.RUNNING)
+        trial.number = number
+        if self._grid is not None:
+            trial.system_attrs = {"grid_id": number}
+        moved = self._moved(number, earlier) if self._sweep.method == "cmaes" else {}
+        for name, spec in self._specs.items():
+            trial.distributions[name] = spec
+            trial.params[name] = moved[name] if name in moved else self._value(trial, name)
+        trial.system_attrs = {}
+        return trial
+
+    def _value(self, trial: "FrozenTrial", name: str) -> Any:
+        sampler = self._grid or make_sampler(self._sweep, trial.number, name)
+        # Neither a grid nor a random draw looks at the study.
+        return sampler.sample_independent(cast("optuna.Study", None), trial, name, self._specs[name])
+
+    def _moved(self, number: int, earlier: Sequence[TrialRecord]) -> dict[str, Any]:
+        from qlora_core.sweep.cma_es import next_point
+
+        ranges = {name: values for name, values in self._sweep.space.items() if isinstance(values, FloatRange)}
+        size = cohort_size(self._sweep)
+        done = [earlier[first : first + size] for first in range(0, number - number % size, size)]
+        seed = int(digest_json([self._sweep.seed, "cmaes"])[:8], 16)
+        point = next_point(ranges, seed, size, done, number % size)
+        return {name: self._fitted(name, value) for name, value in point.items()}
+
+    def _fitted(self, name: str, value: float) -> float | int:
+        spec: Any = self._specs[name]
+        return min(int(spec.high), max(int(spec.low), round(value))) if _holds(name, int) else value
 
 
 def drawn_values(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class SweepWorker:
 
     `kept` says where in a store the trials' checkpoints are kept too: the fields of `StoreKeeper`. `residency` are the
     arguments of `load_quantized` on how layers execute; `memory_sharers` workers on CPUs divide a machine's memory.
-    `limits` are the fields of `PassLimits`.
+    `limits` are the fields of `PassLimits`. `original_folder` holds the checkpoint that the base was quantized from.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class SweepWorker:
         residency: Mapping[str, Any] | None = None,
         memory_sharers: int = 1,
         limits: Mapping[str, Any] | None = None,
+        original_folder: str | None = None,
     ) -> None:
         self._quantized_folder = Path(quantized_folder)
         self._curated_folder = Path(curated_folder)
@@ -55,7 +56,9 @@ class SweepWorker:
         self._residency = dict(residency or {})
         self._memory_sharers = memory_sharers
         self._limits = dict(limits or {})
+        self._original = None if original_folder is None else Path(original_folder)
         self._stop = threading.Event()
+        self._return = threading.Event()
         self._trainer: Trainer | None = None
         self._rows: dict[str, list[TokenRow]] = {}
         self._packs: list[list[str]] | None = None
@@ -81,19 +84,30 @@ class SweepWorker:
         """Train a pack of trials ({"id", "params", "rungs"} each) from their newest checkpoints up to `until_steps`.
 
         `rungs` is what is known of a trial so far, a {"step", "loss"} each. Returns for each the fields of
-        TrialProgress, with `seconds` of this segment alone: its share of the pack's time. Ends early, marked
-        `interrupted`, after `stop`; a trial that cannot go on has its `error` there. Raises SweepError when another
+        TrialProgress, with `seconds` of this segment alone: its share of the pack's time.
+
+        Ends as soon as one trial has come to its end, and after `come_back`; the others are `interrupted` and `held`:
+        they stay in memory, and the next call is to name them. Ends early after `stop` too, with everything in
+        checkpoints and nothing held. A trial that cannot go on has its `error` there. Raises SweepError when another
         process still trains one of them, and LeaseLostError when one on another machine does.
         """
+        self._return.clear()
         started = time.monotonic()
         orders = [self._order(trial) for trial in trials]
         with ExitStack() as owned:
             for order in sorted(orders, key=lambda order: order.id):  # one order for all, so that no two wait for ever
                 owned.enter_context(self._owned(order.id))
             trainer = self._trainer_for(orders[0].params)
-            results = trainer.run(orders, list(until_steps), should_stop=self._stop.is_set)
+            results = trainer.run(
+                orders, list(until_steps), should_stop=self._stop.is_set, should_return=self._return.is_set
+            )
         share = (time.monotonic() - started) / len(orders)
-        return [{**asdict(progress), "seconds": share} for progress in results]
+        held = trainer.held
+        return [{**asdict(progress), "seconds": share, "held": progress.id in held} for progress in results]
+
+    def come_back(self) -> None:
+        """Ask a running segment to end soon, its trials held: there are others to train beside them."""
+        self._return.set()
 
     def export(self, trial: Mapping[str, Any], out: str) -> dict[str, Any]:
         """Write the trial's adapter as a PEFT folder; returns the compute `precision` it was trained in."""
@@ -132,6 +146,8 @@ class SweepWorker:
         from qlora_core.sweep.keeper import StoreKeeper
         from qlora_core.training.trainer import PassLimits, Trainer
 
+        if self._trainer is not None:
+            self._trainer.release()
         # Let go of the old base first: two do not fit where one does.
         self._trainer = None
         device = choose_device()
@@ -142,6 +158,6 @@ class SweepWorker:
         keeper = StoreKeeper(**self._kept) if self._kept else None
         train, validation = self._rows["train"], self._rows["validation"]
         limits = PassLimits(**self._limits)
-        self._trainer = Trainer(base, train, validation, self._trials_dir, keeper, self._packs, limits)
+        self._trainer = Trainer(base, train, validation, self._trials_dir, keeper, self._packs, limits, self._original)
         self._precision = precision
         _LOGGER.info("base loaded from %s in %s", self._quantized_folder, precision)

@@ -12,7 +12,7 @@ import polars
 import pytest
 
 from qlora_core.config.quantize import QuantizeConfig
-from qlora_core.sweep.cluster import ray_connection
+from qlora_core.sweep.ray_connection import ray_connection
 
 TOY = Path(__file__).with_name("toy_sweep.py")
 VOCABULARY = 64

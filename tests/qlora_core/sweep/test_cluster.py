@@ -1,6 +1,7 @@
 """Sweeps of toy trials on real Ray workers: deaths, failures, worker counts, and a cluster without room."""
 
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,9 @@ import pytest
 
 from qlora_core.config.compute import ComputeConfig
 from qlora_core.errors import LeaseLostError, SweepError
-from qlora_core.sweep.cluster import Cluster, ray_connection
+from qlora_core.sweep.cluster import Cluster
+from qlora_core.sweep.pool import Outcome
+from qlora_core.sweep.ray_connection import ray_connection
 
 
 def results(records: list[Any]) -> list[dict[str, Any]]:
@@ -130,4 +133,65 @@ def test_an_address_where_nothing_answers_is_refused_at_once() -> None:
         closed.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{closed.getsockname()[1]}"
     with pytest.raises(SweepError, match=f"compute.ray_address '{address}'"), ray_connection(address, None):
+        pass
+
+
+def test_a_machine_without_gpus_is_refused_where_they_are_required(toy: ModuleType, tmp_path: Path) -> None:
+    arguments = {"trials_dir": str(tmp_path), "faults": {}, "step_seconds": 0.0}
+    with (
+        pytest.raises(SweepError, match=r"compute\.gpus is required, and this machine has 0 GPUs"),
+        Cluster(toy.ToyWorker, arguments, ComputeConfig(gpus="required"), most=1),
+    ):
+        pass
+
+
+def test_a_drained_worker_checkpoints_and_its_trial_goes_on_elsewhere(toy: ModuleType, tmp_path: Path) -> None:
+    arguments = {"trials_dir": str(tmp_path), "faults": {}, "step_seconds": 0.2}
+    order = {"id": "t000", "params": {"learning_rate": 0.1}, "rungs": []}
+    with Cluster(toy.ToyWorker, arguments, ComputeConfig(workers=1), most=1) as cluster:
+        while not cluster.idle():
+            cluster.wait(1.0)
+        (first,) = cluster.idle()
+        cluster.submit(first, "pack", "run", [order], [50])
+        cluster.wait(1.0)
+        cluster.drain(first)
+        outcomes: list[Outcome] = []
+        while not outcomes:
+            outcomes = cluster.wait(1.0)
+        assert outcomes[0].result[0]["interrupted"] and not outcomes[0].died
+        while not cluster.idle():
+            cluster.wait(1.0)
+        (second,) = cluster.idle()
+        assert second != first
+        cluster.submit(second, "pack", "run", [order], [outcomes[0].result[0]["step"] + 1])
+        while not (outcomes := cluster.wait(1.0)):
+            pass
+        assert outcomes[0].result[0]["step"] >= 2
+        taken = (tmp_path / "steps.log").read_text().split("\n")[:-1]
+        assert len(taken) == len(set(taken))
+
+
+def test_idle_workers_beyond_the_work_end_and_come_back(toy: ModuleType, tmp_path: Path) -> None:
+    arguments = {"trials_dir": str(tmp_path), "faults": {}, "step_seconds": 0.0}
+    with Cluster(toy.ToyWorker, arguments, ComputeConfig(workers=2, idle_worker_s=1.0), most=2) as cluster:
+        while len(cluster.idle()) < 2:
+            cluster.wait(1.0)
+        cluster.expect(1)
+        deadline = time.monotonic() + 60
+        while len(cluster.idle()) > 1 and time.monotonic() < deadline:
+            cluster.wait(0.5)
+            time.sleep(0.2)
+        assert cluster.idle() == ["worker-0"]
+        cluster.expect(2)
+        while len(cluster.idle()) < 2 and time.monotonic() < deadline:
+            cluster.wait(0.5)
+            time.sleep(0.1)
+        assert cluster.idle() == ["worker-0", "worker-2"]
+
+
+def test_a_cluster_beyond_this_machine_needs_a_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SweepError, match="there is no token"), ray_connection("192.0.2.1:6379", None):
         pass

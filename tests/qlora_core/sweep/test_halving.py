@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_core.sweep.halving import Halving, Segment, replay
+from qlora_core.sweep.halving import Halving, replay
+from qlora_core.sweep.scheduler import Segment
 
 RUNGS = (2, 4, 8)
 

@@ -15,6 +15,7 @@ from qlora_core.sweep.memory_check import (
     largest_trial,
     longest_rows,
     pass_settings,
+    plan_space,
     stored_format,
 )
 from qlora_core.sweep.run import SweepWork, run_sweep
@@ -54,6 +55,36 @@ def test_sweep_that_cannot_fit_is_refused_before_it_starts(quantized: Path, cura
     with pytest.raises(TrainingError, match=r"needs \d+ bytes .* set train\.lora_rank: \d+"):
         run_sweep(SweepConfig(), huge, ComputeConfig(workers=1), work, tmp_path / "out")
     assert not work.study_file.exists()
+
+
+def test_a_space_with_one_point_that_fits_is_planned_from_it(
+    quantized: Path, curated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = {rank: plan_for(rank, quantized, curated) for rank in (4, 1024)}
+    between = (needed[4] + needed[1024]) // 2
+    monkeypatch.setattr("qlora_core.sweep.memory_check.local_device", lambda: ("cpu", between))
+    sweep = SweepConfig(space={"lora_rank": [1024, 4]})
+    fixed = TRAIN.model_copy(update={"gradient_checkpointing": True, "micro_batch_size": 1})
+    plan, refuse = plan_space(sweep, fixed, ComputeConfig(workers=1), quantized, curated, most_workers=1)
+    assert plan is not None and plan.needed_bytes <= between
+    assert refuse(fixed.model_copy(update={"lora_rank": 4})) is None
+    assert "bytes" in str(refuse(fixed.model_copy(update={"lora_rank": 1024})))
+
+
+def test_a_space_whose_every_point_is_refused_names_the_smallest_and_the_constraint(
+    quantized: Path, curated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_core.sweep.memory_check.local_device", lambda: ("cpu", 1000))
+    sweep = SweepConfig(space={"lora_rank": [1024, 8]})
+    with pytest.raises(TrainingError, match=r"every point of sweep\.space is refused.*'lora_rank': 8.*needs \d+ bytes"):
+        plan_space(sweep, TRAIN, ComputeConfig(workers=1), quantized, curated, most_workers=1)
+
+
+def plan_for(rank: int, quantized: Path, curated: Path) -> int:
+    params = TRAIN.model_copy(update={"lora_rank": rank, "gradient_checkpointing": True, "micro_batch_size": 1})
+    plan = check_memory(SweepConfig(), params, ComputeConfig(workers=1), quantized, curated, most_workers=1)
+    assert plan is not None
+    return plan.needed_bytes
 
 
 def test_sweep_that_fits_in_smaller_micro_batches_is_computed_in_them(quantized: Path, curated: Path) -> None:

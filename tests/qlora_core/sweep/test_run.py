@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qlora_core.config.compute import ComputeConfig
-from qlora_core.config.sweep import SweepConfig
+from qlora_core.config.sweep import WITHOUT_EFFECT, SweepConfig
 from qlora_core.config.train import TrainConfig
 from qlora_core.errors import DataError, SweepError
 from qlora_core.sweep.run import SweepWork, run_sweep
@@ -111,7 +111,7 @@ def test_another_sweep_in_the_same_folder_is_refused(
     from qlora_core.sweep.study import open_study
 
     work = work_in(tmp_path, quantized, curated)
-    identity = {"sweep": SWEEP.model_dump(mode="json", exclude={"max_attempts"}), "data": "d" * 64}
+    identity = {"sweep": SWEEP.model_dump(mode="json", exclude=set(WITHOUT_EFFECT)), "data": "d" * 64}
     with open_study(work.study_file, SWEEP, TRAIN, identity):
         pass
     with pytest.raises(SweepError, match=r"holds another sweep \(different: quantized base, train\)"):

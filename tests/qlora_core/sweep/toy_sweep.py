@@ -20,8 +20,9 @@ from qlora_core.config.compute import ComputeConfig
 from qlora_core.config.sweep import SweepConfig
 from qlora_core.config.train import TrainConfig
 from qlora_core.errors import LeaseLostError, TrainingError
-from qlora_core.sweep.cluster import Cluster, ray_connection
+from qlora_core.sweep.cluster import Cluster
 from qlora_core.sweep.driver import SweepDriver
+from qlora_core.sweep.ray_connection import ray_connection
 from qlora_core.sweep.record import TrialRecord
 from qlora_core.sweep.rungs import TrialLength
 from qlora_core.sweep.study import open_study
@@ -78,6 +79,9 @@ class ToyWorker:
             "micro_batch_size": 1,
             "interrupted": interrupted,
         }
+
+    def come_back(self) -> None:
+        """A toy pack is trained one after the other, so there is nothing to come back for."""
 
     def stop(self) -> None:
         """End the running segment after its step."""
