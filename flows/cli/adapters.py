@@ -1,11 +1,20 @@
-"""Commands on registered adapters: promote, rollback."""
+"""Commands on adapters: promote and rollback of registered ones; compose and merge of folders."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from flows.cli.reporting import JsonOption, SetOption, reporting
 from flows.cli.stages import ConfigArgument
+from qlora_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qlora_core.config.section import Section
+
+S = TypeVar("S", bound="Section")
 
 NOT_PROMOTED = 3
 
@@ -58,3 +67,107 @@ def rollback(
         outcome = roll_back(loaded.tracking_uri, loaded.registry.model_name, to=to, reason=reason)
         report.data = outcome
         report.say(f"champion: {outcome['champion']} (was {outcome['previous']})")
+
+
+class MergeTarget(StrEnum):
+    """What a merged checkpoint is stored as."""
+
+    SIXTEEN_BIT = "16bit"
+    NF4 = "nf4"
+
+
+def compose(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, YAML or JSON.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Where the adapter goes: a new folder.", show_default=False)],
+    json: JsonOption = False,
+) -> None:
+    """Make one adapter of several: sums, weights given or learned, sequences, TIES, DARE, compression.
+
+    The folder is a cache entry of the recipe, which names base, parents and weights by digest: the same recipe gives
+    the same bytes, and is found when it is asked for again.
+
+    Example:
+
+      qlora compose recipe.yaml out/both
+    """
+    with reporting(json) as report:
+        from qlora_core.adapters.compose import compose as compose_recipe
+
+        report.data = compose_recipe(recipe, out)
+        weights = ", ".join(f"{name} {weight:.4g}" for name, weight in report.data["weights"].items())
+        report.say(f"{'found' if report.data['cached'] else 'wrote'} {out}: rank {report.data['rank']}, {weights}")
+        if report.data["relative_error"]:
+            report.say(f"lost in the SVD: {report.data['relative_error']:.3%} of the delta's norm")
+        report.say(f"recipe {report.data['recipe']}")
+
+
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="A PEFT adapter folder.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Where the checkpoint goes: a new folder.", show_default=False)],
+    target: Annotated[MergeTarget, typer.Option(help="How weights are stored.")] = MergeTarget.SIXTEEN_BIT,
+    base: Annotated[
+        Path | None, typer.Option(help="The 4-bit base; default: the folder that the adapter's own settings name.")
+    ] = None,
+    original: Annotated[
+        Path | None, typer.Option(help="The checkpoint the base was quantized from: more ways for nf4.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Held-out text to measure on; default: the adapter's own samples.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Other text for calibrated rounding; default: the adapter's own samples.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A threshold, e.g. --set merge.min_gain_4bit=0.9."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Merge an adapter into its base as a standalone checkpoint, with a certificate of what it kept; or refuse.
+
+    Examples:
+
+      qlora merge out/adapter out/merged --base models/base-nf4 --text held-out.txt
+
+      qlora merge out/adapter out/merged --target nf4 --base models/base-nf4 --original models/base
+    """
+    with reporting(json) as report:
+        from qlora_core.adapters.merge import MergeRequest
+        from qlora_core.adapters.merge import merge as merge_adapter
+        from qlora_core.config.merge import MergeConfig
+
+        config = _overridden(MergeConfig, "merge", overrides or ())
+        found = base or _named_base(adapter)
+        request = MergeRequest(adapter, found, out, target.value, original, text, calibration)
+        report.data = merge_adapter(request, config)
+        gain = report.data["gain_retained"]
+        report.say(f"wrote {out} ({report.data['chosen']}): gain retained {'-' if gain is None else f'{gain:.4f}'}")
+        report.say(f"KL {report.data['kl']:.3g} nats per token, top-1 agreement {report.data['top1_agreement']:.4f}")
+        report.say(f"certificate: {report.data['certificate']}")
+
+
+def _named_base(adapter: Path) -> Path:
+    """The base folder in an adapter's own settings."""
+    from qlora_core.model.adapter import read_adapter_config
+
+    named = read_adapter_config(adapter).base_model_name_or_path
+    if not named or not Path(named).is_dir():
+        raise ConfigError(f"{adapter} names no base folder on this machine ({named!r}); give it with --base")
+    return Path(named)
+
+
+def _overridden(section: type[S], name: str, overrides: Sequence[str]) -> S:
+    """A section whose settings are its defaults and `name.key=value` overrides."""
+    from qlora_core.config.load import parse_section
+    from qlora_core.config.yaml_text import parse_value
+
+    values = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        ours, dot, setting = key.strip().partition(".")
+        if not equals or not dot or ours != name:
+            raise ConfigError(f"--set takes {name}.KEY=VALUE here, not {override!r}")
+        if setting not in section.model_fields:
+            raise ConfigError(f"--set {name}.{setting}: unknown; allowed: {', '.join(section.model_fields)}")
+        values[setting] = parse_value(text)
+    return parse_section(section, values, name)

@@ -39,7 +39,7 @@ from qlora_core.quantization.checkpoint import (
 from qlora_core.quantization.own_types import OWN_METHOD, OWN_TYPES
 from qlora_core.quantization.resume import ShardRecord, WorkFolder, open_work
 from qlora_core.quantization.safetensors_file import digest_tensor
-from qlora_core.quantization.shard import Shard, digest_source, plan_shards, write_shard
+from qlora_core.quantization.shard import Quantizer, Shard, digest_source, plan_shards, write_shard
 from qlora_core.quantization.tensor_source import LocalSource, TensorSource
 from qlora_core.store.contents import sync_to_disk
 from qlora_core.store.manifest import DISTRIBUTION
@@ -50,14 +50,20 @@ logger = logging.getLogger(__name__)
 
 
 def quantize_checkpoint(
-    source: Path | TensorSource, out: Path, config: QuantizeConfig, *, work: Path | None = None
+    source: Path | TensorSource,
+    out: Path,
+    config: QuantizeConfig,
+    *,
+    work: Path | None = None,
+    quantizer: Quantizer | None = None,
 ) -> dict[str, Any]:
     """Quantize the Linear weights of `source` into the new or empty folder `out`; returns its `quantization.json`.
 
     Output embeddings stay in full precision whatever `skip_modules` says, as do embeddings, norms and biases. Tokenizer
     files are copied. `out` appears whole or not at all; until then everything is in the folder `work`, by default one
     beside `out` that is named by source and settings, where the same call finds finished shards again after its process
-    was killed or the disk was full. It is removed when `out` stands, or when the source is found unusable.
+    was killed or the disk was full. It is removed when `out` stands, or when the source is found unusable. `quantizer`
+    replaces rounding to nearest (see `write_shard`); the source's `identity` must tell it from others.
 
     The report: `parameters` (all, tied ones once); `bits_per_parameter` (see there); `relative_l2` (norm of the error
     over the norm of the weights, all quantized weights together); `layers` (the same by layer, with the largest
@@ -80,7 +86,7 @@ def quantize_checkpoint(
     folder = work or out.parent / f".{out.name}-{digest_json(plan)[:16]}"
     with _disk_errors_named(origin, out, folder), open_work(folder, plan) as held:
         try:
-            report = _quantize_into(held, origin, blueprint, config, started)
+            report = _quantize_into(held, origin, blueprint, config, started, quantizer)
         except ModelError:
             held.discard()  # no later run could use it
             raise
@@ -144,10 +150,15 @@ def _check_duplicates(source: TensorSource, blueprint: Blueprint) -> None:
 
 
 def _quantize_into(
-    work: WorkFolder, source: TensorSource, blueprint: Blueprint, config: QuantizeConfig, started: float
+    work: WorkFolder,
+    source: TensorSource,
+    blueprint: Blueprint,
+    config: QuantizeConfig,
+    started: float,
+    quantizer: Quantizer | None,
 ) -> dict[str, Any]:
     shards = plan_shards(source, blueprint.tensors, config)
-    records, resumed = _write_shards(work, source, shards, config)
+    records, resumed = _write_shards(work, source, shards, config, quantizer)
     _write_side_files(work.files, source, blueprint)
     if len(shards) > 1:
         _write_index(work.files, blueprint)
@@ -174,7 +185,11 @@ def _quantize_into(
 
 
 def _write_shards(
-    work: WorkFolder, source: TensorSource, shards: Sequence[Shard], config: QuantizeConfig
+    work: WorkFolder,
+    source: TensorSource,
+    shards: Sequence[Shard],
+    config: QuantizeConfig,
+    quantizer: Quantizer | None,
 ) -> tuple[list[ShardRecord], int]:
     """The records of all shards in order, and how many of them an earlier run had finished."""
     records: list[ShardRecord] = []
@@ -184,7 +199,7 @@ def _write_shards(
             name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             record = work.finished(name, lambda shard=shard: digest_source(source, shard))
             if record is None:
-                record = write_shard(source, shard, config, work.files / name, advance)
+                record = write_shard(source, shard, config, work.files / name, advance, quantizer)
                 work.keep(record)
             else:
                 resumed += 1

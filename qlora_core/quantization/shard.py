@@ -26,6 +26,9 @@ from qlora_core.quantization.resume import ShardRecord
 from qlora_core.quantization.safetensors_file import StreamedFile, digest_tensor, read_back
 from qlora_core.quantization.tensor_source import TensorSource
 
+Quantizer = Callable[[PlannedTensor, torch.Tensor], QuantizedTensor]
+"""What makes the stored form of a weight [out_features, in_features]; by default rounding to nearest."""
+
 PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 _STATE_BYTES = 512  # of the packed quant_state, at most
 _NESTED_BLOCKSIZE = 256
@@ -68,16 +71,23 @@ def digest_source(source: TensorSource, shard: Shard) -> str:
 
 
 def write_shard(
-    source: TensorSource, shard: Shard, config: QuantizeConfig, path: Path, advance: Callable[[float], None]
+    source: TensorSource,
+    shard: Shard,
+    config: QuantizeConfig,
+    path: Path,
+    advance: Callable[[float], None],
+    quantizer: Quantizer | None = None,
 ) -> ShardRecord:
     """Make the file of `shard` at `path`, whole and verified or not at all; `advance` is told of each tensor.
+
+    `quantizer` replaces rounding to nearest; what it gives must be of the config's type, blocksize and nesting.
 
     Raises:
         ModelError: a tensor holds NaN or infinity, or the file reads back otherwise than it was meant.
         OSError: the disk refuses.
     """
     partial = path.with_suffix(".part")
-    writer = _ShardWriter(source, config)
+    writer = _ShardWriter(source, config, quantizer)
     names = [f"{tensor.written}{part}" for tensor in shard.tensors for part in _part_names(tensor, config)]
     with StreamedFile(partial, names) as file:
         for tensor in shard.tensors:
@@ -90,9 +100,10 @@ def write_shard(
 
 
 class _ShardWriter:
-    def __init__(self, source: TensorSource, config: QuantizeConfig) -> None:
+    def __init__(self, source: TensorSource, config: QuantizeConfig, quantizer: Quantizer | None) -> None:
         self._source = source
         self._config = config
+        self._quantizer = quantizer
         self._scratch = torch.empty(0)
         self.meant: dict[str, str] = {}
         self.source_digests: list[str] = []
@@ -119,6 +130,8 @@ class _ShardWriter:
     def _quantize(self, weight: torch.Tensor, value: torch.Tensor, tensor: PlannedTensor) -> QuantizedTensor:
         config = self._config
         try:
+            if self._quantizer is not None:
+                return self._quantizer(tensor, weight)
             return quantize_tensor(
                 weight, type=config.type, blocksize=config.blocksize, double_quant=config.double_quant
             )

@@ -1,0 +1,1 @@
+"""Adapters after training: composed, merged, proven and exported. The algebra is our own, in float32, on deltas."""

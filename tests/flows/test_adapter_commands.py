@@ -1,0 +1,114 @@
+"""`qlora compose`, `merge` and `adapter ...`: their JSON keys, exit codes, and what is left when they refuse."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from typer.testing import CliRunner
+
+from flows.cli.app import app
+from qlora_core.config.quantize import QuantizeConfig
+from qlora_core.model.base import load_quantized
+from qlora_core.quantization.quantize import quantize_checkpoint
+
+Call = Callable[..., tuple[int, dict]]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantized") / "nf4"
+    quantize_checkpoint(tiny_base, folder, QuantizeConfig())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters") / "one"
+    torch.set_num_threads(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        made = get_peft_model(load_quantized(base, device="cpu"), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    made.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]) -> Call:
+    def invoke(*arguments: object) -> tuple[int, dict]:
+        with torch.compiler.set_stance("force_eager"):
+            result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+        return result.exit_code, json.loads(capfd.readouterr().out.splitlines()[-1])
+
+    return invoke
+
+
+def test_compose_names_the_adapter_and_its_weights(adapter: Path, base: Path, tmp_path: Path, call: Call) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"base": str(base), "adapters": [{"path": str(adapter), "weight": 0.5}]}))
+    code, made = call("compose", recipe, tmp_path / "half")
+    assert code == 0
+    assert made["adapter"] == str(tmp_path / "half")
+    assert made["weights"] == {"one": 0.5}
+    assert call("compose", recipe, tmp_path / "half")[1]["cached"] is True
+    recipe.write_text(yaml.safe_dump({"adapters": [{"path": str(adapter), "wieght": 0.5}]}))
+    code, said = call("compose", recipe, tmp_path / "other")
+    assert (code, said["error"]["type"]) == (2, "ConfigError")
+    assert "recipe.yaml:3: adapters.0.wieght: unknown key; did you mean 'weight'?" in said["error"]["message"]
+
+
+def test_merge_gives_gain_kl_and_certificate_or_a_refusal(
+    adapter: Path, base: Path, tmp_path: Path, call: Call
+) -> None:
+    few = ("--base", base, "--set", "merge.measured_tokens=256", "--set", "merge.calibration_tokens=64")
+    code, made = call("merge", adapter, tmp_path / "merged", "--target", "16bit", *few)
+    assert code == 0, made
+    assert made["gain_retained"] == pytest.approx(1, abs=0.01)
+    assert 0 <= made["kl"] < 1e-5
+    assert json.loads(Path(made["certificate"]).read_text())["verdict"] == "pass"
+    impossible = (*few, "--set", "merge.max_kl_4bit=1e-12", "--set", "merge.candidates=[dequantized-rtn]")
+    code, said = call("merge", adapter, tmp_path / "refused", "--target", "nf4", *impossible)
+    assert (code, said["error"]["type"]) == (1, "ModelError")
+    assert "no merged checkpoint was written" in said["error"]["message"]
+    assert not (tmp_path / "refused").exists()
+    assert json.loads((tmp_path / "refused.refused.json").read_text())["verdict"] == "fail"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "merge.min_gain=1"], "unknown; allowed: min_gain_16bit"),
+        (["--set", "train.max_steps=1"], "takes merge.KEY=VALUE"),
+        ([], "names no base folder"),
+    ],
+)
+def test_wrong_use_of_merge_ends_with_2(
+    options: list[str], message: str, adapter: Path, tmp_path: Path, call: Call
+) -> None:
+    homeless = copytree(adapter, tmp_path / "homeless")
+    settings = json.loads((homeless / "adapter_config.json").read_text())
+    (homeless / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
+    code, said = call("merge", homeless, tmp_path / "out", *options)
+    assert (code, said["error"]["type"]) == (2, "ConfigError")
+    assert message in said["error"]["message"]
+
+
+def test_adapter_commands_answer_in_json(adapter: Path, base: Path, tmp_path: Path, call: Call) -> None:
+    code, seen = call("adapter", "inspect", adapter)
+    assert (code, seen["rank"]) == (0, 4)
+    code, exported = call("adapter", "export", adapter, tmp_path / "out", "--base", base)
+    assert (code, exported["adapter"]) == (0, str(tmp_path / "out"))
+    code, differs = call("adapter", "diff", adapter, tmp_path / "out")
+    assert code == 0
+    assert differs["relative_difference"] < 1e-6
+    (tmp_path / "text.txt").write_text("The sky is blue.<|endoftext|>The grass is green.<|endoftext|>Snow is white.")
+    code, found = call("adapter", "bisect", adapter, "--base", base, "--text", tmp_path / "text.txt")
+    assert code == 0
+    assert found["by_adapter"][0]["adapter"] == str(adapter)
