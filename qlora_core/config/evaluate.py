@@ -3,7 +3,7 @@
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from qlora_core.config.section import SECRET, Section
@@ -16,9 +16,21 @@ class JudgeConfig(Section):
         default="auto", description="auto: openai when OPENAI_API_KEY is set, else offline (uncertified)"
     )
     model: str = "gpt-4.1"
+    mode: Literal["pairwise", "score10", "rubric", "reference"] = Field(
+        default="pairwise",
+        description="A, B or tie; 1 to 10 as in the QLoRA paper; 1 to 5 by `rubric`; or beside the reference answer",
+    )
+    rubric: str | None = Field(default=None, min_length=1, description="what the rubric mode rates by, in words")
+    certificate: str | None = Field(
+        default=None, description="what `qlora judge certify` wrote; a judge without its own counts as uncertified"
+    )
     base_url: str | None = Field(default=None, description="any OpenAI-compatible endpoint; default: the client's own")
     temperature: float | None = Field(default=0.2, ge=0, le=2, description="the paper's 0.2; null sends none")
     max_answer_tokens: int = Field(default=1024, ge=16)
+    structured_output: bool = Field(
+        default=False, description="probe whether the endpoint honours a JSON schema, and use it where it does"
+    )
+    calls_in_flight: int = Field(default=8, ge=1, le=512, description="fewer while the server refuses for the rate")
     timeout_s: float = Field(default=60.0, gt=0)
     max_retries: int = Field(default=4, ge=0)
     budget_usd: float = Field(default=5.0, gt=0, description="no call starts once this is spent")
@@ -35,6 +47,12 @@ class JudgeConfig(Section):
             message = "an address with a user name or a query belongs in OPENAI_BASE_URL, not in a config"
             raise PydanticCustomError(SECRET, message)
         return url
+
+    @model_validator(mode="after")
+    def _rubric_belongs_to_its_mode(self) -> "JudgeConfig":
+        if (self.mode == "rubric") != (self.rubric is not None):
+            raise ValueError("mode: rubric needs `rubric`, and no other mode reads one; set both or neither")
+        return self
 
 
 class EvaluateConfig(Section):

@@ -119,6 +119,52 @@ def fit(design: Design, counts: NDArray[np.float64]) -> Fit:
     )
 
 
+class Covariance(NamedTuple):
+    """Of the parameters [parameters, parameters], abilities centred: from the curvature, and clustered by prompt."""
+
+    curvature: NDArray[np.float64]
+    sandwich: NDArray[np.float64]
+
+
+def covariance(design: Design, clustered: NDArray[np.float64], fitted: Fit) -> Covariance:
+    """Covariance of a fit of one batch; `clustered` [prompts, cells, 3] are the fitted counts, prompt by prompt.
+
+    curvature: the inverse of the observed information, right where all matches are independent. sandwich: H^-1 (sum
+    over prompts of s s') H^-1 P / (P - 1), s a prompt's score (Liang and Zeger 1986): right where matches of one prompt
+    hang together. NaN for fewer than two prompts. A ridge, where the fit took one, is part of H.
+    """
+    counts = clustered if design.ties else clustered * np.array([1.0, 1.0, 0.0])
+    parts = [fitted.abilities[:1]]
+    parts += [fitted.log_order[:1, None]] if design.order else []
+    parts += [fitted.log_tie[:1, None]] if design.ties else []
+    parameters = np.concatenate(parts, axis=1)
+    ridge = RIDGE if fitted.ridged[0] else 0.0
+    shares = _probabilities(design, parameters)
+    information = _curvature(design, counts.sum(axis=(0, 2))[None], shares, ridge)[0]
+    scores = np.einsum("pco,cok->pk", counts - counts.sum(axis=2)[:, :, None] * shares, design.features)
+    inverse = np.linalg.inv(information)
+    centred = np.eye(len(inverse))
+    centred[: design.players, : design.players] -= 1 / design.players
+    inverse = centred @ inverse
+    prompts = len(counts)
+    factor = prompts / (prompts - 1) if prompts > 1 else np.nan
+    return Covariance(inverse @ centred.T, factor * inverse @ (scores.T @ scores) @ inverse.T)
+
+
+def _curvature(
+    design: Design, totals: NDArray[np.float64], shares: NDArray[np.float64], ridge: float
+) -> NDArray[np.float64]:
+    """Negative second derivatives [batch, size, size], with what keeps them regular."""
+    size = design.features.shape[2]
+    # The likelihood does not change when all abilities move together; this fixes their mean without touching the rest
+    gauge = np.zeros((size, size))
+    gauge[: design.players, : design.players] = 1.0
+    means = np.einsum("bco,cop->bcp", shares, design.features)
+    curvature = np.einsum("bc,bco,cop,coq->bpq", totals, shares, design.features, design.features, optimize=True)
+    curvature -= np.einsum("bc,bcp,bcq->bpq", totals, means, means, optimize=True)
+    return curvature + gauge + (ridge + 1e-10) * np.eye(size)
+
+
 def _newton(
     design: Design, counts: NDArray[np.float64], *, ridge: float
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
@@ -126,9 +172,6 @@ def _newton(
     size = design.features.shape[2]
     parameters = np.zeros((len(counts), size))
     totals = counts.sum(axis=2)
-    # The likelihood does not change when all abilities move together; this fixes their mean without touching the rest
-    gauge = np.zeros((size, size))
-    gauge[: design.players, : design.players] = 1.0
     moving = np.ones(len(counts), dtype=np.bool_)
     for _ in range(MAX_ITERATIONS):
         shares = _probabilities(design, parameters)
@@ -136,10 +179,7 @@ def _newton(
         moving = np.abs(gradient).max(axis=1) > GRADIENT_TOLERANCE * np.maximum(1.0, totals.sum(axis=1))
         if not moving.any():
             break
-        means = np.einsum("bco,cop->bcp", shares, design.features)
-        curvature = np.einsum("bc,bco,cop,coq->bpq", totals, shares, design.features, design.features, optimize=True)
-        curvature -= np.einsum("bc,bcp,bcq->bpq", totals, means, means, optimize=True)
-        curvature += gauge + (ridge + 1e-10) * np.eye(size)
+        curvature = _curvature(design, totals, shares, ridge)
         step = np.linalg.solve(curvature, gradient[:, :, None])[:, :, 0]
         step *= np.minimum(1.0, 3.0 / np.maximum(np.abs(step).max(axis=1), 1e-300))[:, None]
         parameters = np.where(moving[:, None], _uphill(design, counts, parameters, step, ridge), parameters)

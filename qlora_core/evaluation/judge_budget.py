@@ -1,6 +1,6 @@
 """Prices of judges and the budget of one evaluation. Knows money and tokens, not endpoints or verdicts."""
 
-import threading
+import asyncio
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -79,7 +79,8 @@ def estimate_cost_usd(config: EvaluateConfig, prices: Prices) -> float:
 class Budget:
     """Money shared by concurrent calls: none starts once it is spent; calls in flight are reserved at their most.
 
-    A call is let in while spent + reserved < limit, so the limit is exceeded by at most the last call let in.
+    A call is let in while spent + reserved < limit, so the limit is exceeded by at most the last call let in. Belongs
+    to one event loop.
     """
 
     def __init__(self, limit_usd: float, spent_usd: float = 0.0) -> None:
@@ -87,30 +88,32 @@ class Budget:
         self._spent_usd = spent_usd
         self._reserved_usd = 0.0
         self._in_flight = 0
-        self._changed = threading.Condition()
+        self._waiting: list[asyncio.Future[None]] = []
 
     @property
     def spent_usd(self) -> float:
         """Settled so far, what was spent before this run included."""
-        with self._changed:
-            return self._spent_usd
+        return self._spent_usd
 
-    def reserve(self, most_usd: float) -> bool:
+    async def reserve(self, most_usd: float) -> bool:
         """Wait until the call may start; False once the budget is spent. Each True must be followed by one `settle`."""
-        with self._changed:
-            while True:
-                if self._spent_usd >= self._limit_usd:
-                    return False
-                if self._in_flight == 0 or self._spent_usd + self._reserved_usd < self._limit_usd:
-                    self._reserved_usd += most_usd
-                    self._in_flight += 1
-                    return True
-                self._changed.wait()
+        while True:
+            if self._spent_usd >= self._limit_usd:
+                return False
+            if self._in_flight == 0 or self._spent_usd + self._reserved_usd < self._limit_usd:
+                self._reserved_usd += most_usd
+                self._in_flight += 1
+                return True
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiter)
+            await waiter
 
     def settle(self, most_usd: float, cost_usd: float) -> None:
         """Replace a reservation by what the call did cost (0 where the server never answered)."""
-        with self._changed:
-            self._in_flight -= 1
-            self._reserved_usd = max(0.0, self._reserved_usd - most_usd) if self._in_flight else 0.0
-            self._spent_usd += cost_usd
-            self._changed.notify_all()
+        self._in_flight -= 1
+        self._reserved_usd = max(0.0, self._reserved_usd - most_usd) if self._in_flight else 0.0
+        self._spent_usd += cost_usd
+        waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            if not waiter.done():
+                waiter.set_result(None)

@@ -8,7 +8,7 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -18,7 +18,7 @@ from qlora_core.evaluation.pairwise import Judgement
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_TIMEOUT_S = 30.0
 KEYS_PER_QUERY = 500
 
@@ -35,7 +35,9 @@ CREATE TABLE IF NOT EXISTS attempts (
     input_tokens INTEGER,
     output_tokens INTEGER,
     cost_usd REAL NOT NULL,
-    latency_s REAL NOT NULL
+    latency_s REAL NOT NULL,
+    first_points REAL,
+    second_points REAL
 );
 CREATE INDEX IF NOT EXISTS attempts_by_key ON attempts (key);
 CREATE TRIGGER IF NOT EXISTS attempts_are_final BEFORE UPDATE ON attempts
@@ -56,6 +58,13 @@ class Attempt(NamedTuple):
     output_tokens: int | None = None
     cost_usd: float = 0.0
     latency_s: float = 0.0
+
+
+class Served(NamedTuple):
+    """A scored judgement and the model snapshot that gave it (None where the server named none)."""
+
+    judgement: Judgement
+    model: str | None
 
 
 class SharedVerdicts(Protocol):
@@ -106,42 +115,61 @@ class VerdictCache:
         with self._lock:
             self._connection.close()
 
-    def scored(self, keys: Iterable[str]) -> dict[str, Judgement]:
-        """The earliest scored judgement of each key that has one, here or else among the shared ones."""
+    def scored(self, keys: Iterable[str]) -> dict[str, list[Served]]:
+        """The scored judgements of each key that has one, here or else among the shared ones: the earliest first."""
         keys = list(keys)
-        found: dict[str, Judgement] = {}
-        for key, slot, reason in self._by_key(
-            "SELECT key, slot, reason FROM attempts WHERE slot IS NOT NULL AND", keys
-        ):
-            found.setdefault(key, Judgement(slot, reason))
+        found: dict[str, list[Served]] = {}
+        select = "SELECT key, slot, reason, first_points, second_points, model FROM attempts WHERE slot IS NOT NULL AND"
+        for key, slot, reason, first, second, model in self._by_key(select, keys):
+            points = None if first is None else (first, second)
+            found.setdefault(key, []).append(Served(Judgement(slot, reason, points), model))
         if self._shared is not None:
             for key, document in self._shared.get_many(set(keys) - found.keys()).items():
-                found[key] = Judgement(document["slot"], document["reason"])
+                points = document.get("points")
+                judgement = Judgement(document["slot"], document["reason"], tuple(points) if points else None)
+                found[key] = [Served(judgement, document.get("model"))]
         return found
+
+    def last_reason(self, key: str) -> str | None:
+        """The reason of the latest attempt at a key; None where there is none."""
+        rows = self._by_key("SELECT reason FROM attempts WHERE", [key])
+        return rows[-1][0] if rows else None
 
     def spent_usd(self, keys: Iterable[str]) -> float:
         """What all attempts at these keys have cost, failures and earlier runs included."""
         return sum((row[0] for row in self._by_key("SELECT cost_usd FROM attempts WHERE", keys)), 0.0)
 
-    def record(self, key: str, attempt: Attempt) -> None:
-        """Append one attempt and commit it."""
-        judgement = attempt.judgement
-        row = (key, time.time(), judgement.slot, judgement.reason, *attempt[1:])
+    def record(self, attempts: Sequence[tuple[str, Attempt]]) -> None:
+        """Append attempts, each with its key, and commit them together: on disk when this returns."""
+        now_s = time.time()
+        rows = [
+            (
+                key,
+                now_s,
+                each.judgement.slot,
+                each.judgement.reason,
+                *each[1:],
+                *(each.judgement.points or (None, None)),
+            )
+            for key, each in attempts
+        ]
         try:
             with self._lock, self._connection:
-                self._connection.execute(
+                self._connection.executemany(
                     "INSERT INTO attempts (key, created_s, slot, reason, raw, finish_reason, model, input_tokens,"
-                    " output_tokens, cost_usd, latency_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    row,
+                    " output_tokens, cost_usd, latency_s, first_points, second_points)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    rows,
                 )
         except sqlite3.DatabaseError as error:
             raise JudgeError(f"the verdict cache {self._where} cannot be written ({error}); check its disk") from error
-        if self._shared is not None and judgement.slot is not None:
-            self._share(self._shared, key, judgement)
+        for key, attempt in attempts:
+            if self._shared is not None and attempt.judgement.slot is not None:
+                self._share(self._shared, key, attempt)
 
-    def _share(self, shared: SharedVerdicts, key: str, judgement: Judgement) -> None:
+    def _share(self, shared: SharedVerdicts, key: str, attempt: Attempt) -> None:
         try:
-            shared.put(key, judgement._asdict())
+            shared.put(key, {**attempt.judgement._asdict(), "model": attempt.model})
         except OSError as error:
             # It is paid for and recorded here: an outage of the shared place must not stop the judging.
             logger.warning("a verdict could not be shared with other machines: %s", error)
@@ -150,7 +178,10 @@ class VerdictCache:
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = FULL")
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        if version not in (0, SCHEMA_VERSION):
+        if version == 1:
+            for column in ("first_points", "second_points"):
+                self._connection.execute(f"ALTER TABLE attempts ADD COLUMN {column} REAL")
+        elif version not in (0, SCHEMA_VERSION):
             raise JudgeError(
                 f"the verdict cache {self._where} has format {version}, this version reads {SCHEMA_VERSION}; "
                 "move the file away to start a new one"

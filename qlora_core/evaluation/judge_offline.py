@@ -13,29 +13,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_core.digest import digest_json
 from qlora_core.errors import JudgeError
 from qlora_core.evaluation.pairwise import Judgement, Question
 from qlora_core.model.loss import max_positions_of
 
 LABELS = (" A", " B")
 TIE_NATS = 1e-6
+TEMPLATE = "Question:\n%s\n\nAnswer A:\n%s\n\nAnswer B:\n%s\n\nWhich answer is better, A or B? The better answer is"
 
 
 class LogProbJudge:
     """Compares log-probabilities of " A" and " B" after a prompt that shows the question and both answers.
 
     `model` is a causal language model in eval mode (the base: adapters must be off), `tokenizer` its Hugging Face
-    tokenizer. The prompt is plain text, so that models with and without a chat template are asked alike.
+    tokenizer, `identity` a digest of both. The prompt is plain text, so that models with and without a chat template
+    are asked alike.
     """
 
     certified = False
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, name: str = "offline:log-probability") -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        batch_size: int,
+        name: str = "offline:log-probability",
+        identity: str = "",
+    ) -> None:
         self.name = name
+        self.cost_usd = 0.0
+        self.snapshot: str | None = identity or None
         self._model = model
         self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._max_positions = max_positions_of(model)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the prompt's form; the model is the snapshot."""
+        return digest_json([self.name, LABELS, TEMPLATE, TIE_NATS])
 
     def decide(self, questions: Sequence[Question], advance: Callable[[float], None]) -> list[Judgement]:
         """One judgement per question, in order; unscored ("over_long") where the prompt exceeds the model's positions.
@@ -61,10 +79,7 @@ class LogProbJudge:
 
     def _encode(self, question: Question) -> tuple[list[int], tuple[int, int]]:
         """Token ids up to where the two labelled texts part, and the token of each label there."""
-        text = (
-            f"Question:\n{question.text}\n\nAnswer A:\n{question.first_answer}\n\n"
-            f"Answer B:\n{question.second_answer}\n\nWhich answer is better, A or B? The better answer is"
-        )
+        text = TEMPLATE % (question.text, question.first_answer, question.second_answer)
         first, second = (self._tokenizer(text + label)["input_ids"] for label in LABELS)
         shared = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
         if not shared:

@@ -1,74 +1,75 @@
-"""The judge behind an OpenAI-compatible endpoint: retries, cache, budget, bounded concurrency.
+"""The judge behind an OpenAI-compatible endpoint: what is asked, what is already known, what it adds up to.
 
-Knows when to ask, ask again and stop. Knows neither HTTP (`judge_client`) nor the prompt's text (`judge_prompt`).
+Knows neither HTTP (`judge_client`), the prompt's text (`judge_prompt`), nor how calls are made (`judge_session`).
 """
 
+import asyncio
 import logging
-import random
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 from qlora_core.config.evaluate import EvaluateConfig, JudgeConfig
 from qlora_core.digest import digest_json
-from qlora_core.errors import JudgeError, JudgeUnavailableError
-from qlora_core.evaluation.judge_budget import Budget, Prices, estimate_cost_usd, judge_prices
-from qlora_core.evaluation.judge_cache import Attempt, VerdictCache
-from qlora_core.evaluation.judge_client import Failure, JudgeClient, Reply, custom_url, resolve_kind
-from qlora_core.evaluation.judge_prompt import PARSER_VERSION, parse_verdict, render_messages
+from qlora_core.evaluation.certificate import Certificate, certifies, read_certificate
+from qlora_core.evaluation.judge_budget import Budget, estimate_cost_usd, judge_prices
+from qlora_core.evaluation.judge_cache import Served, VerdictCache
+from qlora_core.evaluation.judge_client import JudgeClient, Reply, custom_url, resolve_kind
+from qlora_core.evaluation.judge_pacing import Emit, stream_from_loop
+from qlora_core.evaluation.judge_probe import PROBE_VERSION, Capabilities, capabilities_of
+from qlora_core.evaluation.judge_prompt import SYSTEM, form_of, render_messages, response_format
+from qlora_core.evaluation.judge_session import Endpoint, Messages, Session
 from qlora_core.evaluation.pairwise import Judgement, Question
 
 logger = logging.getLogger(__name__)
 
-CALLS_IN_FLIGHT = 8
+CALLS_IN_FLIGHT: int = JudgeConfig.model_fields["calls_in_flight"].default
 FIRST_BACKOFF_S = 0.5
-MAX_BACKOFF_S = 30.0
-MAX_RETRY_AFTER_S = 120.0
-FAILURES_IN_A_ROW = 5
-COUNTED_REASONS = frozenset({"timeout", "connection", "rate_limit", "server_error", "rejected"})
-TEMPLATE_TOKENS_PER_MESSAGE = 32
-
-GPT4_FAMILY = frozenset(
-    {"gpt-4", "gpt-4-0613", "gpt-4-turbo", "gpt-4o", "gpt-4o-2024-08-06", "gpt-4.1", "gpt-4.1-2025-04-14"}
-)
-"""Taken as certified on OpenAI's own endpoint, on the family's published agreement with people; all else is not."""
 
 
 class OpenAIJudge:
     """Asks an endpoint which of two answers is better; see `open_openai_judge`."""
 
-    def __init__(
-        self,
-        config: JudgeConfig,
-        client: JudgeClient,
-        cache: VerdictCache,
-        prices: Prices,
-        *,
-        certified: bool = False,
-        first_backoff_s: float = FIRST_BACKOFF_S,
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, certificate: Certificate | None = None) -> None:
+        config = endpoint.config
         self.name = f"openai:{config.model}"
-        self.certified = certified
         self.cost_usd = 0.0
         """What the decided questions have cost, failures, retries and earlier interrupted runs included."""
-        self._config = config
-        self._client = client
-        self._cache = cache
-        self._prices = prices
-        self._first_backoff_s = first_backoff_s
-        self._stop = threading.Event()
-        self._lock = threading.Lock()
-        self._resume_at_s = 0.0
-        self._failures_in_a_row = 0
-        self._broken: str | None = None
-        self._heard = False
+        self.capabilities: Capabilities | None = None
+        """What the probe showed; None where nothing was probed."""
+        self._endpoint = endpoint
+        self._certificate = certificate
+        self._form = form_of(config.mode, config.rubric)
+
+    @property
+    def snapshot(self) -> str | None:
+        """The model the endpoint says it answers with; None before anything is known."""
+        return self._endpoint.snapshot
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that can change a verdict, the compared texts and the model's snapshot aside."""
+        capabilities = None if self.capabilities is None else self.capabilities._asdict()
+        asked = {"mode": self._endpoint.config.mode, "system": SYSTEM, "task": self._form.task}
+        return digest_json({**self._settings(), **asked, "capabilities": capabilities})
+
+    @property
+    def certified(self) -> bool:
+        """Whether the given certificate passed and is of this judge: its settings, its endpoint, its snapshot."""
+        return self._certificate is not None and certifies(self._certificate, self.fingerprint, self.snapshot)
 
     def check(self) -> None:
         """Reach the endpoint without paying; JudgeError where nothing answers there or the key is refused."""
-        self._client.check()
+        client = self._endpoint.client
+
+        async def reach(emit: Emit, stop: asyncio.Event) -> None:
+            async with client:
+                await client.check()
+
+        for _ in stream_from_loop(reach):
+            pass
 
     def decide(self, questions: Sequence[Question], advance: Callable[[float], None]) -> list[Judgement]:
         """One judgement per question, in order. What the cache has scored is not asked; equal questions are asked once.
@@ -76,152 +77,100 @@ class OpenAIJudge:
         Raises JudgeError where the very first call shows that no call can work: the endpoint is down, the key refused,
         the model unknown. Later on such faults, like all others, leave verdicts unscored with their reason.
         """
-        keys = [self._key(question) for question in questions]
-        settled = self._cache.scored(keys)
-        budget = Budget(self._config.budget_usd, self._cache.spent_usd(keys))
-        advance(sum(key in settled for key in keys))
-        open_questions = {key: question for key, question in zip(keys, questions, strict=True) if key not in settled}
+        if self._endpoint.config.structured_output and self.capabilities is None:
+            self._probe(questions)
+        messages = [self._messages(question) for question in questions]
+        keys = [self._key(question, asked) for question, asked in zip(questions, messages, strict=True)]
+        by_key = dict(zip(keys, questions, strict=True))
         repeats = Counter(keys)
-        with closing(self._ask_all(open_questions, budget)) as asked:
-            for key, judgement in asked:
+        settled = self._known(by_key)
+        counted = set(settled)
+        advance(sum(repeats[key] for key in counted))
+        budget = Budget(self._endpoint.config.budget_usd, self._endpoint.cache.spent_usd(keys))
+        with closing(self._asked(dict(zip(keys, messages, strict=True)), settled, budget)) as judged:
+            for key, judgement in judged:
                 settled[key] = judgement
-                advance(repeats[key])
+                if key not in counted:
+                    counted.add(key)
+                    advance(repeats[key])
         self.cost_usd += budget.spent_usd
         return [settled[key] for key in keys]
 
-    def _ask_all(
-        self, questions: Mapping[str, Question], budget: Budget
+    def _known(self, by_key: Mapping[str, Question]) -> dict[str, Judgement]:
+        """What needs no call: cached verdicts of the snapshot in use, else of the one that gave most; the hopeless."""
+        served = self._endpoint.cache.scored(by_key)
+        given = Counter(each.model for found in served.values() for each in found)
+        snapshot = self.snapshot or (given.most_common(1)[0][0] if given else None)
+        settled = _of_snapshot(served, snapshot)
+        if self._endpoint.config.mode == "reference":
+            missing = Judgement(None, "no_reference: the prompt has no reference answer")
+            settled |= {key: missing for key, question in by_key.items() if not question.reference}
+        if len(settled) == len(by_key):
+            self._endpoint.snapshot = snapshot
+        return settled
+
+    def _asked(
+        self, by_key: Mapping[str, Messages], settled: Mapping[str, Judgement], budget: Budget
     ) -> Generator[tuple[str, Judgement], None, None]:
-        remaining = list(questions.items())
-        while remaining and not self._heard and self._broken is None:
-            # One call at a time until the endpoint is known to work: a wrong key or address costs one call, not a storm
-            key, question = remaining.pop(0)
-            yield key, self._settle(key, question, budget)
-        pool = ThreadPoolExecutor(CALLS_IN_FLIGHT, thread_name_prefix="judge")
-        try:
-            futures: dict[Future[Judgement], str] = {
-                pool.submit(self._settle, key, question, budget): key for key, question in remaining
-            }
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            # On Ctrl-C calls in flight end and are recorded, since they are paid for; waiting ones are dropped
-            self._stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            self._stop.clear()
+        """(key, judgement) of all that is asked, and again of what another snapshot than the endpoint's had settled."""
+        wanted = {key: messages for key, messages in by_key.items() if key not in settled}
+        if not wanted:
+            return
+        session = Session(self._endpoint, budget, self._read, self._extra())
 
-    def _settle(self, key: str, question: Question, budget: Budget) -> Judgement:
-        messages = render_messages(question)
-        most_usd = self._most_usd(messages)
-        failure: Failure | None = None
-        for attempt in range(self._config.max_retries + 1):
-            self._wait_for_turn()
-            if self._broken is not None:
-                return Judgement(None, self._broken)
-            if self._stop.is_set():
-                return Judgement(None, "stopped")
-            if not budget.reserve(most_usd):
-                return Judgement(None, f"budget: {self._config.budget_usd:g} USD are spent")
-            outcome = self._attempt(key, messages, most_usd, budget)
-            if isinstance(outcome, Judgement):
-                return outcome
-            failure = outcome
-            if not failure.retried or (failure.retry_after_s or 0.0) > MAX_RETRY_AFTER_S:
-                break
-            if attempt < self._config.max_retries:
-                self._pause(attempt, failure)
-        return self._give_up(failure)
+        async def judge(emit: Emit, stop: asyncio.Event) -> None:
+            def heard(remaining: Sequence[str]) -> dict[str, Messages]:
+                served = self._endpoint.cache.scored(by_key)
+                valid = _of_snapshot(served, self.snapshot)
+                stale = [key for key in settled if key in served and key not in valid]
+                if stale:
+                    logger.warning("%d cached verdicts are of another snapshot than %s", len(stale), self.snapshot)
+                for key in set(remaining) & valid.keys():
+                    emit((key, valid[key]))
+                return {key: by_key[key] for key in (*remaining, *stale) if key not in valid}
 
-    def _attempt(
-        self, key: str, messages: list[dict[str, str]], most_usd: float, budget: Budget
-    ) -> Judgement | Failure:
-        started_s = time.monotonic()
-        cost_usd = 0.0
-        try:
-            outcome = self._client.ask(messages)
-            latency_s = time.monotonic() - started_s
-            if isinstance(outcome, Failure):
-                self._cache.record(
-                    key, Attempt(Judgement(None, outcome.reason), raw=outcome.advice, latency_s=latency_s)
-                )
-                self._heard = self._heard or outcome.reason == "malformed"
-                return outcome
-            cost_usd = self._cost_usd(outcome, most_usd)
-            judgement = judge_reply(outcome)
-            self._cache.record(
-                key,
-                Attempt(
-                    judgement,
-                    raw=outcome.content or outcome.refusal,
-                    finish_reason=outcome.finish_reason,
-                    model=outcome.model,
-                    input_tokens=outcome.input_tokens,
-                    output_tokens=outcome.output_tokens,
-                    cost_usd=cost_usd,
-                    latency_s=latency_s,
-                ),
-            )
-        finally:
-            budget.settle(most_usd, cost_usd)
-        with self._lock:
-            self._heard, self._failures_in_a_row = True, 0
-        return judgement
+            await session.judge(wanted, heard, emit, stop)
 
-    def _give_up(self, failure: Failure | None) -> Judgement:
-        if failure is None:
-            raise JudgeError(f"max_retries is {self._config.max_retries}; it must be 0 or more")
-        with self._lock:
-            if failure.reason in COUNTED_REASONS:
-                self._failures_in_a_row += 1
-            hopeless = self._failures_in_a_row >= FAILURES_IN_A_ROW
-            if not self._heard and (failure.settled or (hopeless and failure.reason == "rejected")):
-                raise (JudgeUnavailableError if failure.retried else JudgeError)(failure.advice)
-            if self._broken is None and (hopeless or (failure.settled and failure.reason not in COUNTED_REASONS)):
-                self._broken = f"{failure.reason}: not asked, earlier calls failed"
-                logger.warning("the judge stops asking: %s", failure.advice)
-        logger.info("a verdict stays unscored: %s", failure.advice)
-        return Judgement(None, failure.reason)
+        yield from stream_from_loop(judge)
 
-    def _wait_for_turn(self) -> None:
-        while not self._stop.is_set():
-            with self._lock:
-                wait_s = self._resume_at_s - time.monotonic()
-            if wait_s <= 0:
+    def _probe(self, questions: Sequence[Question]) -> None:
+        """Learn what the endpoint honours; what was recorded counts only where nothing remains to be asked."""
+        key = digest_json({**self._settings(), "probe": PROBE_VERSION})
+        self.capabilities = capabilities_of(self._endpoint.cache.last_reason(key))
+        if self.capabilities is not None:
+            by_key = {self._key(question, self._messages(question)): question for question in questions}
+            if len(self._known(by_key)) == len(by_key):
                 return
-            self._stop.wait(wait_s)
+        budget = Budget(self._endpoint.config.budget_usd)
+        session = Session(self._endpoint, budget, self._read, {})
+        for text in stream_from_loop(lambda emit, stop: session.probe(key, emit)):
+            self.capabilities = capabilities_of(text)
+        self.cost_usd += budget.spent_usd
+        logger.info("what the judge's endpoint honours: %s", self.capabilities)
 
-    def _pause(self, attempt: int, failure: Failure) -> None:
-        backoff_s = min(self._first_backoff_s * 2**attempt, MAX_BACKOFF_S) * random.uniform(0.5, 1.5)
-        if failure.retry_after_s is not None:
-            # The limit is the account's, not the call's: all calls wait for it
-            with self._lock:
-                self._resume_at_s = max(self._resume_at_s, time.monotonic() + failure.retry_after_s)
-        self._stop.wait(backoff_s if failure.retry_after_s is None else backoff_s * 0.1)
+    def _read(self, reply: Reply) -> Judgement:
+        return judge_reply(reply, self._form.parse)
 
-    def _cost_usd(self, reply: Reply, most_usd: float) -> float:
-        if reply.input_tokens is None or reply.output_tokens is None:
-            if most_usd > 0:
-                logger.warning("a reply came without usage; it is counted at its most, %.6f USD", most_usd)
-            return most_usd
-        return self._prices.cost_usd(reply.input_tokens, reply.output_tokens)
+    def _messages(self, question: Question) -> Messages:
+        return render_messages(question, self._form)
 
-    def _most_usd(self, messages: Iterable[Mapping[str, str]]) -> float:
-        # A token is at least one byte of text, so bytes bound the count whatever the tokenizer
-        input_tokens = sum(len(m["content"].encode()) + TEMPLATE_TOKENS_PER_MESSAGE for m in messages)
-        return self._prices.cost_usd(input_tokens, self._config.max_answer_tokens)
+    def _extra(self) -> dict[str, Any]:
+        honoured = self.capabilities is not None and self.capabilities.schema
+        return {"response_format": response_format(self._form)} if honoured else {}
 
-    def _key(self, question: Question) -> str:
-        return digest_json(
-            {
-                "endpoint": self._client.shown_url,
-                "model": self._config.model,
-                "messages": render_messages(question),
-                "order": question.order,
-                "temperature": self._config.temperature,
-                "max_answer_tokens": self._config.max_answer_tokens,
-                "parser": PARSER_VERSION,
-            }
-        )
+    def _settings(self) -> dict[str, Any]:
+        config = self._endpoint.config
+        return {
+            "endpoint": self._endpoint.client.shown_url,
+            "model": config.model,
+            "temperature": config.temperature,
+            "max_answer_tokens": config.max_answer_tokens,
+            "parser": self._form.version,
+        }
+
+    def _key(self, question: Question, messages: Messages) -> str:
+        asked = {"messages": messages, "order": question.order}
+        return digest_json({**self._settings(), **asked, **self._extra()})
 
 
 @contextmanager
@@ -234,14 +183,15 @@ def open_openai_judge(
 ) -> Iterator[OpenAIJudge]:
     """The configured endpoint's judge with its verdict cache (None: one in memory). Makes no call.
 
-    Raises ConfigError where its price is unknown, JudgeError where the key is missing.
+    Raises ConfigError where its price is unknown, JudgeError where the key is missing, EvaluationError where the
+    configured certificate cannot be read.
     """
-    is_custom = custom_url(config, environment) is not None
-    prices = judge_prices(config, custom_endpoint=is_custom)
+    prices = judge_prices(config, custom_endpoint=custom_url(config, environment) is not None)
+    certificate = None if config.certificate is None else read_certificate(Path(config.certificate))
     opened = VerdictCache(None) if cache is None else nullcontext(cache)
-    with closing(JudgeClient(config, environment)) as client, opened as verdicts:
-        certified = not is_custom and config.model in GPT4_FAMILY
-        yield OpenAIJudge(config, client, verdicts, prices, certified=certified, first_backoff_s=first_backoff_s)
+    with opened as verdicts:
+        endpoint = Endpoint(config, JudgeClient(config, environment), verdicts, prices, first_backoff_s)
+        yield OpenAIJudge(endpoint, certificate)
 
 
 def planned_cost_usd(config: EvaluateConfig, environment: Mapping[str, str]) -> float:
@@ -252,7 +202,7 @@ def planned_cost_usd(config: EvaluateConfig, environment: Mapping[str, str]) -> 
     return estimate_cost_usd(config, judge_prices(config.judge, custom_endpoint=is_custom))
 
 
-def judge_reply(reply: Reply) -> Judgement:
+def judge_reply(reply: Reply, parse: Callable[[str], Judgement]) -> Judgement:
     """What a completed call says. Cut short, refused, filtered and empty replies are unscored, whatever they hold."""
     if reply.refusal:
         return Judgement(None, "refusal")
@@ -262,4 +212,10 @@ def judge_reply(reply: Reply) -> Judgement:
         return Judgement(None, "content_filter")
     if not reply.content or not reply.content.strip():
         return Judgement(None, "empty")
-    return parse_verdict(reply.content)
+    return parse(reply.content)
+
+
+def _of_snapshot(served: Mapping[str, Sequence[Served]], snapshot: str | None) -> dict[str, Judgement]:
+    """The judgement of each key that this snapshot gave; where a server names none, any counts."""
+    matching = {key: [each for each in found if each.model in (snapshot, None)] for key, found in served.items()}
+    return {key: found[0].judgement for key, found in matching.items() if found}

@@ -29,20 +29,30 @@ class Question:
     first_answer: str
     second_answer: str
     order: Literal["ab", "ba"]
+    reference: str | None = None
+    """A right answer, for judges that compare with one."""
 
 
 class Judgement(NamedTuple):
-    """A judge's decision by slot. None is unscored, and `reason` then says why; it never becomes a number."""
+    """A judge's decision by slot. None is unscored, and `reason` then says why; it never becomes a number.
+
+    `points`: what a judge that scores gave to (first, second); the slot is the higher one's, equal ones tie.
+    """
 
     slot: Literal["first", "second", "tie"] | None
     reason: str | None = None
+    points: tuple[float, float] | None = None
 
 
 class Judge(Protocol):
     """Whoever compares answers."""
 
     name: str
-    certified: bool
+
+    @property
+    def certified(self) -> bool:
+        """Whether its verdicts may count as evidence: it has a certificate of its own that passed."""
+        ...
 
     def decide(self, questions: Sequence[Question], advance: Callable[[float], None]) -> list[Judgement]:
         """One judgement per question, in order; `advance(1)` for each that is settled."""
@@ -56,6 +66,7 @@ class AnswerPair(NamedTuple):
     question: str
     answer_a: str
     answer_b: str
+    reference: str | None = None
 
 
 def judge_pairs(
@@ -88,6 +99,7 @@ def judge_pairs(
                     first=first,
                     judge=judge.name,
                     reason=judgement.reason,
+                    points=_points_by_model(judgement.points, first),
                 )
             )
     return verdicts
@@ -154,9 +166,15 @@ def _order_warning(verdicts: Sequence[Verdict], share: float | None) -> str | No
 
 def _both_orders(pair: AnswerPair) -> tuple[Question, Question]:
     return (
-        Question(pair.prompt_id, pair.question, pair.answer_a, pair.answer_b, "ab"),
-        Question(pair.prompt_id, pair.question, pair.answer_b, pair.answer_a, "ba"),
+        Question(pair.prompt_id, pair.question, pair.answer_a, pair.answer_b, "ab", pair.reference),
+        Question(pair.prompt_id, pair.question, pair.answer_b, pair.answer_a, "ba", pair.reference),
     )
+
+
+def _points_by_model(points: tuple[float, float] | None, first: str) -> tuple[float, float] | None:
+    if points is None:
+        return None
+    return points if first == "a" else (points[1], points[0])
 
 
 def _by_model(slot: str | None, first: str) -> Literal["a", "b", "tie"] | None:

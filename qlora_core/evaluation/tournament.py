@@ -5,7 +5,7 @@ prompts are resampled. Ties are half a win in Elo and an outcome of their own in
 counted and left out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ POINTS_PER_LOGIT = 400 / np.log(10)
 OUTCOMES_PER_BATCH = 2_000_000
 
 
-class _Cells(NamedTuple):
+class Cells(NamedTuple):
     """Scored rows as counts [prompts, cells, 3] of (first wins, second wins, tie) per ordered pair of models."""
 
     models: list[str]
@@ -44,7 +44,9 @@ def rate(
     """Ratings and intervals of all models that appear in scored rows, on a scale whose mean is 1000.
 
     elo: mean over `orders` random match orders; the interval is over orders. bradley-terry: 1000 + 173.72 x ability;
-    the interval is over `resamples` resamples of prompts. A difference of 400 is odds of ten to one in both.
+    the interval is over `resamples` resamples of prompts; beside it standard_errors (sandwich, clustered by prompt),
+    rank_intervals and best_share (the share of resamples a model leads). A difference of 400 is odds of ten to one in
+    both.
 
     Keys: ratings and intervals (by model, best first), matches and unscored (rows), order_effect: log odds the first
     shown answer gains, positive where it is favoured, null where each pair has one fixed order. Beside them: method,
@@ -60,8 +62,8 @@ def rate(
             f"none of the {len(verdicts)} verdicts is scored, so there is nothing to rate; "
             "look at their reasons, mend the judge and judge again"
         )
-    cells = _count(scored)
-    design = _design(cells)
+    cells = count_cells(scored)
+    design = design_of(cells)
     whole = bradley_terry.fit(design, cells.counts.sum(axis=0, keepdims=True))
     warnings = _warnings(cells, design, whole)
     if method == "elo":
@@ -80,7 +82,8 @@ def rate(
     }
 
 
-def _count(scored: Sequence[Verdict]) -> _Cells:
+def count_cells(scored: Sequence[Verdict]) -> Cells:
+    """Outcomes of scored rows, prompt by prompt and ordered pair by ordered pair; models sorted by name."""
     models = sorted({name for row in scored for name in (row.model_a, row.model_b)})
     # Prompts are numbered by name, not by place in the file: row order then changes no interval
     prompts = {prompt: i for i, prompt in enumerate(sorted({row.prompt_id for row in scored}))}
@@ -93,14 +96,15 @@ def _count(scored: Sequence[Verdict]) -> _Cells:
     index = {name: i for i, name in enumerate(models)}
     first = np.array([index[name] for name, _ in pairs])
     second = np.array([index[name] for _, name in pairs])
-    return _Cells(models, first, second, counts)
+    return Cells(models, first, second, counts)
 
 
 def _shown(row: Verdict) -> tuple[str, str]:
     return (row.model_a, row.model_b) if row.first == "a" else (row.model_b, row.model_a)
 
 
-def _design(cells: _Cells) -> bradley_terry.Design:
+def design_of(cells: Cells) -> bradley_terry.Design:
+    """The model these outcomes can bear: an order effect where it is identified, ties where there are any."""
     order = bradley_terry.order_effect_is_identified(cells.first, cells.second, len(cells.models))
     ties = bool(cells.counts[:, :, 2].any())
     return bradley_terry.make_design(cells.first, cells.second, len(cells.models), order=order, ties=ties)
@@ -129,7 +133,7 @@ def _by_elo(
 
 
 def _by_bradley_terry(
-    cells: _Cells,
+    cells: Cells,
     design: bradley_terry.Design,
     whole: bradley_terry.Fit,
     *,
@@ -147,16 +151,35 @@ def _by_bradley_terry(
             fitted = bradley_terry.fit(design, drawn[start : start + batch])
             abilities.append(fitted.abilities)
             ridged += int(fitted.ridged.sum())
-    points = START + POINTS_PER_LOGIT * np.concatenate(abilities)
+    drawn_abilities = np.concatenate(abilities)
+    points = START + POINTS_PER_LOGIT * drawn_abilities
     intervals = [percentile_interval(points[:, i], confidence) for i in range(len(cells.models))]
+    ranks = 1 + (drawn_abilities[:, None, :] > drawn_abilities[:, :, None]).sum(axis=2)
+    rank_bounds = [percentile_interval(ranks[:, i].astype(np.float64), confidence) for i in range(len(cells.models))]
     return {
         **_ranked(cells.models, START + POINTS_PER_LOGIT * whole.abilities[0], intervals),
         "interval": "over resampled prompts",
         "resamples": resamples,
+        "standard_errors": _sandwich_errors(cells, design, whole),
+        "rank_intervals": {name: [int(low), int(np.ceil(high))] for name, (low, high) in _named(cells, rank_bounds)},
+        "best_share": {name: float(share) for name, share in _named(cells, (ranks == 1).mean(axis=0))},
         "tie_effect": float(np.exp(whole.log_tie[0])) if design.ties else None,
         "ridge": bool(whole.ridged[0]),
         "ridged_resamples": ridged,
     }
+
+
+def _sandwich_errors(cells: Cells, design: bradley_terry.Design, whole: bradley_terry.Fit) -> dict[str, float] | None:
+    """Of the ratings, in points, clustered by prompt; None for a single prompt."""
+    if len(cells.counts) < 2:
+        return None
+    variances = np.diag(bradley_terry.covariance(design, cells.counts, whole).sandwich)
+    errors = np.sqrt(np.maximum(variances, 0.0))  # rounding can leave a variance of zero below it
+    return {name: float(POINTS_PER_LOGIT * error) for name, error in _named(cells, errors[: len(cells.models)])}
+
+
+def _named(cells: Cells, values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    return zip(cells.models, values, strict=True)
 
 
 def _ranked(
@@ -169,7 +192,7 @@ def _ranked(
     }
 
 
-def _warnings(cells: _Cells, design: bradley_terry.Design, whole: bradley_terry.Fit) -> list[str]:
+def _warnings(cells: Cells, design: bradley_terry.Design, whole: bradley_terry.Fit) -> list[str]:
     warnings = []
     if not bradley_terry.strongly_connected(design, cells.counts.sum(axis=0)):
         warnings.append(

@@ -41,6 +41,8 @@ class Verdict(BaseModel):
     first: Literal["a", "b"]
     judge: Identifier
     reason: str | None = None
+    points: tuple[float, float] | None = Field(default=None, strict=False)
+    """What a judge that scores gave to (a, b)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -56,11 +58,9 @@ class Verdict(BaseModel):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_empty_reason(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+    def _without_empty_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
         row = handler(self)
-        if row["reason"] is None:
-            del row["reason"]
-        return row
+        return {name: value for name, value in row.items() if value is not None or name not in ("reason", "points")}
 
     @property
     def scored(self) -> bool:

@@ -28,6 +28,10 @@ class JudgeServer:
     delay_s: float = 0.0
     retry_after: str | None = None
     echo: str = ""
+    snapshot: str = "judge-1-snapshot"
+    honours: frozenset[str] = frozenset()
+    refuses: frozenset[str] = frozenset()
+    hang_s: float = 1.0
     attempts: Counter[str] = field(default_factory=Counter)
     requests: list[dict[str, Any]] = field(default_factory=list)
     billed: int = 0
@@ -49,6 +53,9 @@ class JudgeServer:
             self.requests.append(request)
             fault = self.fault(prompt, self.attempts[prompt])
         time.sleep(self.delay_s)
+        refused = self.refuses & request.keys()
+        if refused:
+            return 400, {}, json.dumps({"error": {"message": f"Unknown parameter: {min(refused)}"}}).encode()
         if fault == "429":
             return (
                 429,
@@ -58,7 +65,7 @@ class JudgeServer:
         if fault == "500":
             return 500, {}, b"<html>oops</html>"
         if fault == "timeout":
-            time.sleep(1.0)
+            time.sleep(self.hang_s)
             return 504, {}, b"{}"
         if fault == "garbage":
             return 200, {}, b"<html>a proxy says hello</html>"
@@ -66,17 +73,24 @@ class JudgeServer:
             return int(fault), {}, json.dumps({"error": {"message": f"no: {self.echo}", "code": "x"}}).encode()
         with self.lock:
             self.billed += 1
-        return 200, {}, json.dumps(self.completion(prompt, fault)).encode()
+        return 200, {}, json.dumps(self.completion(prompt, fault, request)).encode()
 
-    def completion(self, prompt: str, fault: str | None) -> dict[str, Any]:
+    def completion(self, prompt: str, fault: str | None, request: dict[str, Any]) -> dict[str, Any]:
         """A billed reply; some faults are in its content."""
-        marks = {slot: int((QUALITY.findall(text) or ["0"])[0]) for slot, text in ANSWER.findall(prompt)}
+        found = {slot: int((QUALITY.findall(text) or ["0"])[0]) for slot, text in ANSWER.findall(prompt)}
+        marks = {"A": 0, "B": 0, **found}
         label = "A" if marks["A"] > marks["B"] else "B" if marks["B"] > marks["A"] else "tie"
+        verdict = f'{{"verdict": "{label}"}}'
+        if "score_a" in prompt:
+            verdict = f'{{"score_a": {1 + marks["A"]}, "score_b": {1 + marks["B"]}}}'
         content = {
             "malformed": f"I prefer {label}.",
             "wrong label": '{"verdict": "C"}',
             "empty": "",
-        }.get(fault or "", f'Short reasons. {self.echo}\n{{"verdict": "{label}"}}')
+        }.get(fault or "", f"Short reasons. {self.echo}\n{verdict}")
+        if "response_format" in request and "schema" in self.honours:
+            asked = request["response_format"]["json_schema"]["schema"]["properties"]
+            content = json.dumps({"probe": asked["probe"]["enum"][0]}) if "probe" in asked else verdict
         message: dict[str, Any] = {"role": "assistant", "content": content}
         if fault == "refusal":
             message = {"role": "assistant", "content": None, "refusal": "I cannot help with that."}
@@ -86,10 +100,15 @@ class JudgeServer:
             "id": "c1",
             "object": "chat.completion",
             "created": 1,
-            "model": "judge-1-snapshot",
-            "choices": [{"index": 0, "message": message, "finish_reason": finish}],
+            "model": self.snapshot,
+            "choices": [{"index": 0, "message": message, "finish_reason": finish, "logprobs": self.logprobs(request)}],
             "usage": usage,
         }
+
+    def logprobs(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """Token log-probabilities where they are asked for and honoured."""
+        honoured = "logprobs" in self.honours and request.get("logprobs")
+        return {"content": [{"token": "x", "logprob": -0.1}]} if honoured else None
 
 
 @pytest.fixture

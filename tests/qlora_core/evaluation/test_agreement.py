@@ -2,10 +2,16 @@ import json
 import math
 from pathlib import Path
 
+import krippendorff
+import numpy as np
 import pytest
+from sklearn.metrics import cohen_kappa_score
+from statsmodels.stats.inter_rater import fleiss_kappa
 
 from qlora_core.errors import EvaluationError
 from qlora_core.evaluation.agreement import Label, agreement, read_labels
+from qlora_core.evaluation.agreement_intervals import cohen_kappas, fleiss_kappas, krippendorff_alphas
+from qlora_core.evaluation.bootstrap import percentile_interval, resample_weights
 
 # Fleiss' kappa on Wikipedia (and statsmodels' own test): 10 items, 14 raters, 5 classes
 FLEISS = [
@@ -44,6 +50,51 @@ def test_agreement_gives_krippendorffs_nominal_alpha_with_missing_labels() -> No
     assert result["krippendorff_alpha"] == pytest.approx(0.743, abs=5e-4)
     assert result["fleiss_kappa"] is None
     assert "equally many" in result["reasons"]["fleiss_kappa"]
+
+
+def test_agreement_gives_krippendorffs_ordinal_and_interval_alpha() -> None:
+    result = agreement(_labels(*KRIPPENDORFF))
+    assert result["krippendorff_ordinal"] == pytest.approx(0.815, abs=5e-4)
+    assert result["krippendorff_interval"] == pytest.approx(0.849, abs=5e-4)
+    for name in ("krippendorff_alpha", "krippendorff_ordinal", "krippendorff_interval", "raw"):
+        low, high = result["intervals"][name]
+        assert low < result[name] <= high + 1e-9
+    assert "krippendorff_ordinal" not in agreement(_labels("ab", "ab"))
+
+
+def test_interval_statistics_equal_the_libraries_on_the_whole_and_on_a_resample() -> None:
+    counts = np.array([[0, 2, 1], [3, 0, 0], [1, 1, 1], [0, 0, 3], [2, 1, 0], [0, 3, 0]], dtype=float)
+    draws = np.array([[1, 1, 1, 1, 1, 1], [0, 2, 1, 0, 3, 0]], dtype=float)
+    repeated = [np.repeat(counts, draw.astype(int), axis=0) for draw in draws]
+    assert fleiss_kappas(counts, draws) == pytest.approx([fleiss_kappa(each, "fleiss") for each in repeated], abs=1e-12)
+    values = np.array([1.0, 2.0, 4.0])
+    for level in ("nominal", "ordinal", "interval"):
+        found = krippendorff_alphas(counts, values, level, draws)
+        expected = [
+            krippendorff.alpha(value_counts=each.astype(int), value_domain=values, level_of_measurement=level)
+            for each in repeated
+        ]
+        assert found == pytest.approx(expected, abs=1e-12)
+    first, second = np.array([0, 1, 2, 1, 0, 2]), np.array([0, 1, 1, 1, 2, 2])
+    kappas = cohen_kappas(first, second, 3, draws)
+    expected = [
+        cohen_kappa_score(np.repeat(first, draw.astype(int)), np.repeat(second, draw.astype(int))) for draw in draws
+    ]
+    assert kappas == pytest.approx(expected, abs=1e-12)
+
+
+def test_agreement_intervals_cover_at_about_the_nominal_rate() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 3, 200_000)
+    noisy = [np.where(rng.random(truth.size) < 0.7, truth, rng.integers(0, 3, truth.size)) for _ in range(2)]
+    whole = float(cohen_kappa_score(*noisy))
+    hits = []
+    for start in range(0, 15_000, 100):
+        part = slice(start, start + 100)
+        draws = next(iter(resample_weights(100, resamples=200, seed=start)))
+        low, high = percentile_interval(cohen_kappas(noisy[0][part], noisy[1][part], 3, draws), 0.95)
+        hits.append(low <= whole <= high)
+    assert 0.89 <= np.mean(hits) <= 0.99
 
 
 def test_agreement_two_raters_gives_cohens_kappa_by_hand() -> None:

@@ -1,4 +1,4 @@
-import threading
+import asyncio
 
 import pytest
 
@@ -42,23 +42,25 @@ def test_estimate_cost_grows_with_prompts_and_is_zero_without() -> None:
 
 
 def test_budget_starts_no_call_once_it_is_spent() -> None:
-    budget = Budget(1.0)
-    assert budget.reserve(5.0)
-    budget.settle(5.0, 1.0)
-    assert not budget.reserve(0.1)
-    assert Budget(1.0, spent_usd=1.0).reserve(0.1) is False
+    async def spend() -> list[bool]:
+        budget = Budget(1.0)
+        let_in = [await budget.reserve(5.0)]
+        budget.settle(5.0, 1.0)
+        return [*let_in, await budget.reserve(0.1), await Budget(1.0, spent_usd=1.0).reserve(0.1)]
+
+    assert asyncio.run(spend()) == [True, False, False]
 
 
 def test_budget_call_waits_for_those_in_flight_that_may_spend_it() -> None:
-    budget = Budget(1.0)
-    assert budget.reserve(1.0)
-    let_in: list[bool] = []
-    waiting = threading.Thread(target=lambda: let_in.append(budget.reserve(0.5)))
-    waiting.start()
-    waiting.join(timeout=0.1)
-    assert let_in == []
-    budget.settle(1.0, 0.2)
-    waiting.join(timeout=5)
-    assert let_in == [True]
-    budget.settle(0.5, 0.5)
-    assert budget.spent_usd == pytest.approx(0.7)
+    async def spend() -> None:
+        budget = Budget(1.0)
+        assert await budget.reserve(1.0)
+        waiting = asyncio.create_task(budget.reserve(0.5))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        budget.settle(1.0, 0.2)
+        assert await asyncio.wait_for(waiting, 5)
+        budget.settle(0.5, 0.5)
+        assert budget.spent_usd == pytest.approx(0.7)
+
+    asyncio.run(spend())

@@ -358,6 +358,7 @@ def test_retry_after_reads_seconds_and_dates(headers: dict[str, str], expected: 
 
 
 def test_importing_the_judge_loads_no_client() -> None:
-    code = "import sys, qlora_core.evaluation.judge_openai as m; assert not {'openai', 'torch'} & set(sys.modules), m"
+    code = "import sys, qlora_core.evaluation.judge_openai as m; assert not {'aiohttp', 'torch'} & set(sys.modules), m"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert re.search(r"^\s+import openai$", Path(sys.modules[resolve_kind.__module__].__file__ or "").read_text(), re.M)
+    source = Path(sys.modules[resolve_kind.__module__].__file__ or "").read_text()
+    assert re.search(r"^\s+import aiohttp$", source, re.M)

@@ -6,11 +6,12 @@ from typing import cast
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.optimize import minimize
 
 from qlora_core.errors import EvaluationError
 from qlora_core.evaluation import bradley_terry
-from qlora_core.evaluation.elo import Matches, elo_ratings
+from qlora_core.evaluation.elo import Matches, elo_ratings, match_order, order_streams
 from qlora_core.evaluation.tournament import Method, rate
 from qlora_core.evaluation.verdict import Verdict
 
@@ -94,6 +95,61 @@ def test_fit_with_ties_gives_davidsons_pudding_worths() -> None:
     assert fitted.log_likelihood[0] == pytest.approx(-809.710, abs=1e-3)
 
 
+def test_covariance_gives_agrestis_errors_and_statsmodels_clusters() -> None:
+    import statsmodels.api as sm
+
+    rows = [row.model_copy(update={"prompt_id": row.model_a}) for row in _baseball()]  # clustered by host
+    index = {team: i for i, team in enumerate(TEAMS)}
+    first = np.array([index[row.model_a] for row in rows])
+    second = np.array([index[row.model_b] for row in rows])
+    won = np.array([row.verdict == "a" for row in rows], dtype=float)
+    counts = np.zeros((7, len(rows), 3))
+    counts[first, np.arange(len(rows)), np.where(won, 0, 1)] = 1.0
+    design = bradley_terry.make_design(first, second, 7, order=False, ties=False)
+    fitted = bradley_terry.fit(design, counts.sum(axis=0, keepdims=True))
+    found = bradley_terry.covariance(design, counts, fitted)
+    against_baltimore = np.eye(7)[:6] - np.eye(7)[6]
+    errors = np.sqrt(np.diag(against_baltimore @ found.curvature @ against_baltimore.T))
+    assert errors == pytest.approx([0.343, 0.339, 0.337, 0.336, 0.335, 0.333], abs=8e-3)
+    # The same model as a logistic regression on differences, Baltimore left out
+    contrasts = np.zeros((len(rows), 7))
+    contrasts[np.arange(len(rows)), first] += 1
+    contrasts[np.arange(len(rows)), second] -= 1
+    logit = sm.GLM(won, contrasts[:, :6], family=sm.families.Binomial())
+    clustered = logit.fit(cov_type="cluster", cov_kwds={"groups": first, "use_correction": False})
+    reference = np.asarray(clustered.cov_params()) * 7 / 6
+    assert against_baltimore @ found.sandwich @ against_baltimore.T == pytest.approx(reference, abs=1e-6)
+
+
+def test_rate_sandwich_errors_agree_with_the_bootstrap() -> None:
+    result = rate(_simulated(4, 150, seed=5), resamples=600)
+    for name, (low, high) in result["intervals"].items():
+        assert (high - low) / 3.92 == pytest.approx(result["standard_errors"][name], rel=0.15)
+    assert sum(result["best_share"].values()) == pytest.approx(1.0)
+    assert all(1 <= low <= high <= 4 for low, high in result["rank_intervals"].values())
+
+
+def test_elo_ratings_do_not_depend_on_threads_and_refuse_other_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    matches = Matches(np.array([0, 1, 2]), np.array([1, 2, 0]), np.array([1.0, 0.5, 0.0]))
+    settings = {"orders": 200, "seed": 1, "confidence": 0.95}
+    many = elo_ratings(matches, 3, **settings)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert elo_ratings(matches, 3, **settings).mean.tolist() == many.mean.tolist()
+    with pytest.raises(EvaluationError, match=r"\[0, 1\]"):
+        elo_ratings(matches._replace(score=np.array([2.0, 0, 0])), 3, **settings)
+    with pytest.raises(EvaluationError, match="0 match orders"):
+        elo_ratings(matches, 3, orders=0, seed=1, confidence=0.95)
+
+
+def test_match_order_is_a_fair_permutation() -> None:
+    orders = np.array([match_order(4, stream) for stream in order_streams(24_000, 0)])
+    assert (np.sort(orders, axis=1) == np.arange(4)).all()
+    codes = orders @ np.array([64, 16, 4, 1])
+    _, counts = np.unique(codes, return_counts=True)
+    assert len(counts) == 24
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
 def test_fit_equals_scipy_on_ties_with_an_order_effect() -> None:
     rng = np.random.default_rng(1)
     first, second = np.array([0, 1, 0, 2, 1, 2]), np.array([1, 0, 2, 0, 2, 1])
@@ -119,8 +175,7 @@ def test_elo_ratings_equal_a_plain_loop_over_the_same_orders() -> None:
     a, b = np.array([0, 1, 2, 0, 1]), np.array([1, 2, 0, 2, 0])
     score = np.array([1.0, 0.5, 0.0, 1.0, 0.0])
     result = elo_ratings(Matches(a, b, score), 3, orders=50, seed=4, confidence=0.95)
-    stream = np.random.default_rng(np.random.SeedSequence(4).spawn(1)[0])
-    turns = stream.permuted(np.tile(np.arange(5, dtype=np.int32)[:, None], (1, 50)), axis=0)
+    turns = np.array([match_order(5, stream) for stream in order_streams(50, 4)]).T
     finals = []
     for order in turns.T:
         ratings = [1000.0] * 3
