@@ -77,8 +77,14 @@ def _apply_override(values: dict[str, Any], override: str) -> Location:
     return parts
 
 
-def _explain(fault: Any, name: str, lines: Mapping[Location, int], overridden: set[Location]) -> str:
-    """One line for one pydantic fault: where, which key, what is wrong, what is allowed."""
+def _explain(
+    fault: Any,
+    name: str,
+    lines: Mapping[Location, int],
+    overridden: set[Location],
+    root: type[BaseModel] = PipelineConfig,
+) -> str:
+    """One line for one pydantic fault in a `root`: where, which key, what is wrong, what is allowed."""
     location: Location = tuple(fault["loc"])
     dotted = _dotted(location)
     if any(location[: len(path)] == path for path in overridden):
@@ -87,7 +93,7 @@ def _explain(fault: Any, name: str, lines: Mapping[Location, int], overridden: s
         line = next((lines[location[:end]] for end in range(len(location), 0, -1) if location[:end] in lines), None)
         where = f"{name}:{line}" if line else name
     if fault["type"] == "extra_forbidden":
-        allowed = _field_names(location[:-1])
+        allowed = _field_names(root, location[:-1])
         near = get_close_matches(str(location[-1]), allowed, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "allowed: " + ", ".join(allowed)
         return f"{where}: {dotted}: unknown key; {hint}"
@@ -105,9 +111,9 @@ def _dotted(location: Location) -> str:
     return ".".join(str(part) for part in parts if part != "FloatRange")
 
 
-def _field_names(location: Location) -> list[str]:
-    """The keys allowed in the section at `location`."""
-    section: type[BaseModel] = PipelineConfig
+def _field_names(root: type[BaseModel], location: Location) -> list[str]:
+    """The keys allowed in the section at `location` of a `root`."""
+    section = root
     for part in location:
         field = section.model_fields.get(str(part))
         if field is None:
@@ -125,5 +131,5 @@ def parse_section(section: type[S], values: dict[str, Any], name: str) -> S:
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        faults = [_explain(fault, name, {}, set()) for fault in error.errors()]
+        faults = [_explain(fault, name, {}, set(), section) for fault in error.errors()]
         raise ConfigError("\n  ".join(["mistakes in the options:", *faults])) from None

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EVIDENCE_TAG = "evidence_sha256"
 VERDICT_TAG = "verdict"
+_SELF = "sha256"
 
 
 def evidence_for(
@@ -34,8 +35,11 @@ def evidence_for(
     policy: GateConfig,
     decision: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The evidence of one version as JSON data. Figures that are not finite become null, which no gate accepts."""
-    return _finite(
+    """The evidence of one version as JSON data. Figures that are not finite become null, which no gate accepts.
+
+    `sha256` is over all the rest in canonical JSON, so that the file alone shows an edit to whoever reads it.
+    """
+    evidence = _finite(
         {
             "schema_version": 1,
             "model_name": version.name,
@@ -47,6 +51,7 @@ def evidence_for(
             "decision": {"verdict": decision["verdict"], "reasons": list(decision["reasons"])},
         }
     )
+    return {**evidence, _SELF: digest_json(evidence)}
 
 
 def write_evidence(client: "MlflowClient", version: RegisteredVersion, evidence: Mapping[str, Any]) -> None:
@@ -77,6 +82,30 @@ def read_evidence(client: "MlflowClient", version: RegisteredVersion) -> dict[st
         )
     if evidence[ADAPTER_TAG] != version.tag(ADAPTER_TAG) or evidence["version"] != version.version:
         raise RegistryError(f"{_named(version)} is about another adapter; evaluate and register this one")
+    return evidence
+
+
+def read_evidence_file(path: Path) -> dict[str, Any]:
+    """Evidence from a file of its own, by its own digest: whole and unedited since it was written.
+
+    Whoever can write the file can write the digest too; `read_evidence` compares with what the registry holds. Raises
+    RegistryError.
+    """
+    try:
+        evidence = json.loads(path.read_bytes())
+    except OSError as error:
+        raise RegistryError(f"no evidence at {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise RegistryError(
+            f"{path} is not JSON ({error}); `qlora run` writes evidence.json at registration"
+        ) from error
+    if not isinstance(evidence, dict) or not {_SELF, "evaluation", "champion", "policy"} <= evidence.keys():
+        raise RegistryError(f"{path} is no evidence of a promotion; `qlora run` writes evidence.json at registration")
+    found = digest_json({name: value for name, value in evidence.items() if name != _SELF})
+    if found != evidence[_SELF]:
+        raise RegistryError(
+            f"{path} was changed after the decision (digest {found}, recorded {evidence[_SELF]}); evaluate again"
+        )
     return evidence
 
 

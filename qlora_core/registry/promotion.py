@@ -5,6 +5,7 @@ record.
 """
 
 import logging
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from qlora_core.config.gate import GateConfig
@@ -13,6 +14,7 @@ from qlora_core.registry.aliases import CHALLENGER, CHAMPION, alias_version, for
 from qlora_core.registry.connection import connect, sqlite_file, without_credentials
 from qlora_core.registry.evidence import champion_changed, compared_champion, decide_again, read_evidence
 from qlora_core.registry.gate import Decision
+from qlora_core.registry.history import read_moves
 from qlora_core.registry.load_check import LOAD_CHECK_TAG, PASSED
 from qlora_core.registry.versions import RegisteredVersion, get_version, verify_version
 
@@ -84,6 +86,13 @@ def rollback(tracking_uri: str, model_name: str, to: str | None, reason: str) ->
             "it; look again before rolling back"
         )
     return {"champion": target, "previous": current, "reason": reason}
+
+
+def read_history(tracking_uri: str, model_name: str) -> dict[str, Any]:
+    """The champion's version (None: there is none) and every move of the alias, oldest first. Raises RegistryError."""
+    client = _existing(tracking_uri)
+    moves = [asdict(move) for move in read_moves(client, model_name)]
+    return {"champion": alias_version(client, model_name, CHAMPION), "moves": moves}
 
 
 def _answer(decision: Decision, **rest: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 REPORT_FILE = "report.html"
+EVIDENCE_FILE = "evidence.json"
 _FIGURES = {
     "heldout": ("base_loss", "adapter_loss", "gain", "gain_low", "gain_high"),
     "exact_match": ("base", "adapter", "difference", "low", "high"),
@@ -59,7 +60,8 @@ class RegistrationRequest:
 
 
 def register_run(request: RegistrationRequest, out: Path) -> dict[str, Any]:
-    """Register a job's best adapter; returns what it writes to `out`/registration.json (beside a copy of the report).
+    """Register a job's best adapter; returns what it writes to `out`/registration.json (beside evidence.json and a
+    copy of the report).
 
     Order: runs, version, evidence, load in a clean process, alias `challenger`, and for PROMOTE alias `champion`. A
     failed check raises RegistryError with no alias moved. A champion that changed since the comparison turns PROMOTE
@@ -73,11 +75,11 @@ def register_run(request: RegistrationRequest, out: Path) -> dict[str, Any]:
     client = connect(request.tracking_uri)
     with registry_lock(request.tracking_uri):
         version = _register(client, request, evaluation)
-    write_evidence(
-        client,
-        version,
-        evidence_for(version, evaluation=evaluation, champion=comparison, policy=policy, decision=request.decision),
+    evidence = evidence_for(
+        version, evaluation=evaluation, champion=comparison, policy=policy, decision=request.decision
     )
+    write_evidence(client, version, evidence)
+    (out / EVIDENCE_FILE).write_text(json.dumps(evidence, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     _prove(client, version, request.quantized_folder)
     registration = _move_aliases(client, version, _planned(client, request, version), compared_champion(comparison))
     if request.report is not None:
