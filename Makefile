@@ -8,10 +8,10 @@ PIP_FIND_LINKS ?= $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/n
 export UV_FIND_LINKS ?= $(strip $(PIP_FIND_LINKS))
 export DO_NOT_TRACK := 1
 
-.PHONY: help demo test check fix bench clean
+.PHONY: help demo test check fix bench bench-gpu clean
 
 help:  ## Show these targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 # Packages are compiled here once: where the environment forbids Python to keep bytecode, every command would do it anew.
 $(STAMP): pyproject.toml constraints.txt
@@ -39,6 +39,10 @@ fix: $(STAMP)  ## Mend what the linter can mend, and format
 
 bench: $(STAMP)  ## Run the benchmarks side by side with their peers
 	$(BIN)/python -m benchmarks
+
+bench-gpu: $(STAMP)  ## Run the tests that need a CUDA GPU, and the benchmark of the Llama-3-8B shape on it
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m benchmarks gpu
 
 clean:  ## Remove the environment, the demo and every cache
 	rm -rf .venv demo .qlora dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis

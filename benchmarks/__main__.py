@@ -8,15 +8,23 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks import (
+    adapter_merge,
+    curate_incremental,
     curate_scale,
+    gpu,
     memory_plan,
     multi_adapter,
     near_duplicates,
     packed_training,
     quantize_kernels,
     quantize_stream,
+    ratings,
+    ratings_judge,
+    ratings_schedule,
     residency,
     store_transfer,
+    sweep_overhead,
+    sweep_simulation,
     tag_cache,
     warm_start,
 )
@@ -34,26 +42,39 @@ def machine() -> dict[str, object]:
     return {"cpu": model, "cores": os.cpu_count(), "packages": {name: version(name) for name in packages}}
 
 
+ALL = (
+    warm_start,
+    store_transfer,
+    near_duplicates,
+    packed_training,
+    tag_cache,
+    curate_incremental,
+    curate_scale,
+    memory_plan,
+    multi_adapter,
+    quantize_stream,
+    residency,
+    quantize_kernels,
+    ratings,
+    ratings_judge,
+    ratings_schedule,
+    adapter_merge,
+    sweep_overhead,
+    sweep_simulation,
+)
+ON_REQUEST = (gpu,)
+"""Run only when named: they need what not every machine has."""
+
+
 def main() -> None:
     """Run those that are named on the command line, or all; one JSON file each."""
     RESULTS.mkdir(exist_ok=True)
-    for module in (
-        warm_start,
-        store_transfer,
-        near_duplicates,
-        packed_training,
-        tag_cache,
-        curate_scale,
-        memory_plan,
-        multi_adapter,
-        quantize_stream,
-        residency,
-        quantize_kernels,
-    ):
-        name = module.__name__.rpartition(".")[2]
-        if sys.argv[1:] and name not in sys.argv[1:]:
-            continue
-        figures = {"machine": machine(), **module.measure()}
+    known = {module.__name__.rpartition(".")[2]: module for module in (*ALL, *ON_REQUEST)}
+    wanted = sys.argv[1:] or [name for name, module in known.items() if module in ALL]
+    if unknown := [name for name in wanted if name not in known]:
+        raise SystemExit(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(known)}")
+    for name in wanted:
+        figures = {"machine": machine(), **known[name].measure()}
         (RESULTS / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
         sys.stdout.write(f"{name}: {json.dumps(figures, indent=1)}\n")
 

@@ -18,13 +18,14 @@ WORDS = 20_000
 _SYLLABLES = [first + vowel for first in "bdfgklmnprstvz" for vowel in "aeiou"]
 
 _PROGRAM = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 from qlora_core.config.data import DataConfig
 from qlora_core.data.curate import curate
 
 def peak_bytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 folder, rows = Path(sys.argv[1]), Path(sys.argv[2])
 settings = json.loads(sys.argv[3])

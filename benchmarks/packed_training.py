@@ -4,11 +4,9 @@ Both ways train the same float32 adapters from the same first weights on the sam
 dropout, whose draws differ; their losses are compared first. One thread, CPU time, interleaved by rounds.
 """
 
-import resource
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,12 +18,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks import timing
 from qlora_core.config.quantize import QuantizeConfig
 from qlora_core.config.train import TrainConfig
 from qlora_core.data.dataset import TokenRow
 from qlora_core.model.base import load_quantized
 from qlora_core.quantization.quantize import quantize_checkpoint
 from qlora_core.training.adapter_config import lora_config
+from qlora_core.training.examples import TokenExamples
 from qlora_core.training.optimizer import TrialOptimizer
 from qlora_core.training.pack.pack import Pack
 from qlora_core.training.pass_loop import train_pass
@@ -37,7 +37,7 @@ TOKENS = (16, 64, 128)
 STEPS, ROUNDS = 3, 4
 RANKS = (4, 8, 16)
 VOCABULARY = 2_000
-_LOSS_TOLERANCE = 5e-5
+LOSS_TOLERANCE = 5e-5
 
 
 def measure() -> dict[str, Any]:
@@ -82,9 +82,9 @@ def _rows(seed: int, tokens: int) -> list[TokenRow]:
     return [TokenRow(f"{seed}-{number}", row, [True] * tokens) for number, row in enumerate(ids)]
 
 
-def _trial(number: int) -> Trial:
+def _trial(number: int, ranks: Sequence[int]) -> Trial:
     params = TrainConfig(
-        lora_rank=RANKS[number % len(RANKS)],
+        lora_rank=ranks[number % len(ranks)],
         lora_dropout=0.0,
         learning_rate=1e-3,
         micro_batch_size=1,
@@ -96,35 +96,37 @@ def _trial(number: int) -> Trial:
     return Trial(f"t{number}", params)
 
 
-class _Ours:
+class Packed:
     """All trials in one pack, on the base as it loads by default."""
 
-    def __init__(self, folder: Path, tokens: int, count: int) -> None:
+    def __init__(self, folder: Path, tokens: int, count: int, ranks: Sequence[int] = RANKS) -> None:
         base = load_quantized(folder)
         self.pack = Pack(base)
         self.runs = []
         for number in range(count):
-            trial = _trial(number)
+            trial = _trial(number, ranks)
             slot = self.pack.fill(lora_config(base, trial.params), trial.params.seed)
-            self.runs.append(TrialRun(trial, slot, self.pack.weights(slot), _rows(number, tokens)))
+            self.runs.append(TrialRun(trial, slot, self.pack.weights(slot), TokenExamples(_rows(number, tokens))))
         self.first = [self._weights(run) for run in self.runs]
 
     def _weights(self, run: TrialRun) -> dict[str, torch.Tensor]:
         return {name: value.detach().clone() for name, value in run.weights.named()}
 
     def step(self, number: int) -> None:
+        """The next step of every trial; raises what stops one."""
         for _, fault in train_pass(self.pack, self.runs):
             if fault is not None:
                 raise fault
 
     def losses(self) -> list[list[float]]:
+        """Nats per trained token of every step so far, by trial."""
         return [[entry["loss"] for entry in run.counters.curve] for run in self.runs]
 
 
-class _Peer:
+class OneByOne:
     """Each trial alone: PEFT's LoRA on bitsandbytes' Linear4bit, one model for all so that memory is no matter."""
 
-    def __init__(self, folder: Path, tokens: int, ours: _Ours) -> None:
+    def __init__(self, folder: Path, ours: Packed) -> None:
         base = load_quantized(folder, residency="bitsandbytes")
         self.base = base
         self.rows = [run._rows for run in ours.runs]
@@ -151,10 +153,11 @@ class _Peer:
         return {name: value for name, value in named if f".t{number}." in name}
 
     def step(self, number: int) -> None:
+        """The step `number` (from 0) of every trial, one after another."""
         for trial, optimizer in enumerate(self.optimizers):
             self.model.set_adapter(f"t{trial}")
             (index,) = self.orders[trial].batch(number)
-            ids = torch.tensor([self.rows[trial][index].input_ids])
+            ids = torch.tensor([self.rows[trial][index].input_ids], device=self.base.device)
             logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
             loss = cross_entropy(logits.float(), ids[0, 1:])
             loss.backward()
@@ -166,25 +169,31 @@ class _Peer:
             optimizer.zero_grad()
 
     def losses(self) -> list[list[float]]:
+        """Nats per trained token of every step so far, by trial."""
         return self.sums
 
 
 def _compare(folder: Path, tokens: int, count: int) -> dict[str, Any]:
     best: dict[str, tuple[float, float]] = {}
     for _ in range(ROUNDS):
-        ours = _Ours(folder, tokens, count)
-        peer = _Peer(folder, tokens, ours)
-        spent: dict[str, list[tuple[float, float]]] = {"ours": [], "peer": []}
-        for step in range(STEPS):
-            for name, way in (("ours", ours), ("peer", peer)):
-                spent[name].append(_timed(lambda way=way, step=step: way.step(step)))
-        for mine, theirs in zip(ours.losses(), peer.losses(), strict=True):
-            largest = max(abs(a - b) for a, b in zip(mine, theirs, strict=True))
-            if largest > _LOSS_TOLERANCE:
-                raise AssertionError(f"losses differ by {largest}, {_LOSS_TOLERANCE} is rounding")
+        ours = Packed(folder, tokens, count)
+        spent = take_turns(ours, OneByOne(folder, ours), LOSS_TOLERANCE)
         for name, times in spent.items():
-            best[name] = min(best.get(name, (1e9, 1e9)), *times[1:])  # the first step allocates
-    return _ratios(best)
+            best[name] = min(best.get(name, (1e9, 1e9)), *times)
+    return ratios(best)
+
+
+def take_turns(ours: Packed, peer: OneByOne, tolerance: float) -> dict[str, list[tuple[float, float]]]:
+    """CPU and wall seconds of each step but the first, which allocates; raises AssertionError where losses differ."""
+    spent: dict[str, list[tuple[float, float]]] = {"ours": [], "peer": []}
+    for step in range(STEPS):
+        for name, way in (("ours", ours), ("peer", peer)):
+            spent[name].append(timed(lambda way=way, step=step: way.step(step)))
+    for mine, theirs in zip(ours.losses(), peer.losses(), strict=True):
+        largest = max(abs(a - b) for a, b in zip(mine, theirs, strict=True))
+        if not largest <= tolerance:
+            raise AssertionError(f"losses differ by {largest}, {tolerance} is rounding")
+    return {name: times[1:] for name, times in spent.items()}
 
 
 def _compare_optimizers() -> dict[str, Any]:
@@ -214,10 +223,10 @@ def _compare_optimizers() -> dict[str, Any]:
         warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
         for _ in range(12):
             for name, step in (("ours", step_ours), ("peer", step_peer)):
-                best[name] = min(best.get(name, (1e9, 1e9)), _timed(step))
+                best[name] = min(best.get(name, (1e9, 1e9)), timed(step))
     if not torch.allclose(flat.detach()[: 16 * 4096], apart[0].detach().flatten(), rtol=1e-5, atol=1e-8):
         raise AssertionError("the two optimizers step to different weights")
-    return {"parameters": count, **_ratios(best)}
+    return {"parameters": count, **ratios(best)}
 
 
 _MEMORY_PROGRAM = """
@@ -228,7 +237,7 @@ import torch
 torch.set_num_threads(1)
 folder, count, tokens = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 bench.load_quantized(folder)
-ours = bench._Ours(folder, tokens, count)
+ours = bench.Packed(folder, tokens, count)
 for step in range(bench.STEPS):
     ours.step(step)
 print(bench.peak_bytes())
@@ -236,8 +245,9 @@ print(bench.peak_bytes())
 
 
 def peak_bytes() -> int:
-    """The most resident memory this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most resident memory this process has held; `ru_maxrss` would begin at the peak of the parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def _memory(folder: Path) -> dict[str, Any]:
@@ -253,13 +263,19 @@ def _memory(folder: Path) -> dict[str, Any]:
     return {"pack_bytes": peaks["pack"] - imports, "alone_bytes": peaks["alone"] - imports, "ratio": round(ratio, 3)}
 
 
-def _timed(work: Callable[[], None]) -> tuple[float, float]:
-    cpu, wall = time.process_time(), time.perf_counter()
-    work()
-    return time.process_time() - cpu, time.perf_counter() - wall
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """CPU and wall seconds of one call, work it left to a GPU included."""
+
+    def whole() -> None:
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return timing.timed(whole)
 
 
-def _ratios(best: dict[str, tuple[float, float]]) -> dict[str, Any]:
+def ratios(best: dict[str, tuple[float, float]]) -> dict[str, Any]:
+    """The (CPU, wall) seconds of `ours` and `peer` as a record, with the peer's over ours."""
     rows: dict[str, Any] = {
         name: {"cpu_s": round(cpu, 4), "wall_s": round(wall, 4)} for name, (cpu, wall) in best.items()
     }

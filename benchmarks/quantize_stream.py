@@ -13,9 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 8192, 32_000
-LAYERS = 28
-LAYERS_A_SHARD = 7
+from benchmarks.random_checkpoint import TWO_BILLION, LlamaShape, write_checkpoint
 
 _IMPORTS = """
 import json, resource, sys, time
@@ -48,14 +46,14 @@ measured(work)
 """
 
 
-def measure(layers: int = LAYERS) -> dict[str, Any]:
+def measure(shape: LlamaShape = TWO_BILLION) -> dict[str, Any]:
     """Parameters, bytes, and for both ways seconds and memory; MB of the source a second; the ratio of CPU seconds.
 
     Takes some minutes, and disk for the checkpoint and two 4-bit forms of it.
     """
     with tempfile.TemporaryDirectory(prefix="quantize-stream-") as name:
         folder = Path(name)
-        parameters = _write_checkpoint(folder / "base", layers)
+        parameters = write_checkpoint(folder / "base", shape)
         ours = _run(_OURS, folder / "base", folder / "ours")
         report = json.loads((folder / "ours" / "quantization.json").read_text())
         peer = _run(_PEER, folder / "base", folder / "peer")
@@ -63,7 +61,7 @@ def measure(layers: int = LAYERS) -> dict[str, Any]:
     ours["source_mb_per_s"] = report["source_bytes"] / 1e6 / ours["wall_s"]
     ours["source_mb_per_cpu_s"] = report["source_bytes"] / 1e6 / ours["cpu_s"]
     return {
-        "layers": layers,
+        "layers": shape.layers,
         "parameters": parameters,
         **{name: report[name] for name in names},
         "ours": ours,
@@ -77,55 +75,3 @@ def _run(program: str, source: Path, out: Path) -> dict[str, Any]:
     command = [sys.executable, "-c", program, str(source), str(out)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def _write_checkpoint(folder: Path, layers: int) -> int:
-    """Write a checkpoint of random weights, a shard at a time; returns the number of its parameters."""
-    from transformers import LlamaConfig
-
-    from qlora_core.demo.tokenizer import train_tokenizer
-
-    folder.mkdir()
-    LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=layers,
-        num_attention_heads=16, num_key_value_heads=16, dtype="bfloat16", architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)  # fmt: skip
-    train_tokenizer(["a few words"], vocab_size=300, max_tokens=512).save_pretrained(str(folder))
-    places = {}
-    parameters = 0
-    for number, shapes in enumerate(_shards(layers)):
-        name = f"model-{number:05}.safetensors"
-        parameters += _write_shard(folder / name, shapes)
-        places |= dict.fromkeys(shapes, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return parameters
-
-
-def _shards(layers: int) -> list[dict[str, tuple[int, ...]]]:
-    ends = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "lm_head.weight": (VOCABULARY, HIDDEN)}
-    shards: list[dict[str, tuple[int, ...]]] = [{**ends, "model.norm.weight": (HIDDEN,)}]
-    for layer in range(layers):
-        if layer % LAYERS_A_SHARD == 0:
-            shards.append({})
-        prefix = f"model.layers.{layer}"
-        shards[-1] |= {f"{prefix}.self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"}
-        shards[-1] |= {f"{prefix}.mlp.{name}_proj.weight": (INTERMEDIATE, HIDDEN) for name in ("gate", "up")}
-        shards[-1] |= {f"{prefix}.mlp.down_proj.weight": (HIDDEN, INTERMEDIATE)}
-        norms = ("input_layernorm", "post_attention_layernorm")
-        shards[-1] |= {f"{prefix}.{name}.weight": (HIDDEN,) for name in norms}
-    return shards
-
-
-def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:
-    import torch
-
-    from qlora_core.quantization.safetensors_file import StreamedFile
-
-    generator = torch.Generator().manual_seed(len(path.name))
-    parameters = 0
-    with StreamedFile(path, shapes) as file:
-        for name, shape in shapes.items():
-            file.add(name, torch.randn(shape, generator=generator).mul_(0.02).bfloat16())
-            parameters += torch.Size(shape).numel()
-        file.finish()
-    return parameters

@@ -33,7 +33,7 @@ _FILES = ("dolly_3k.json", "dolly_hhrlhf_small.jsonl", "gsm8k_train.jsonl", "lf_
 
 def measure(rows: int = ROWS, rounds: int = ROUNDS) -> dict[str, Any]:
     """Seconds of CPU and wall time of each way, the best of some rounds, their ratios, and each tagger's cost."""
-    everything = _rows(rows)
+    everything = edited_rows(rows)
     old = everything.select(range(int(rows * (1 - NEW_SHARE))))
     taggers = configured_taggers(TagsConfig(), ["<s>", "</s>"])
     expected = tag_rows(everything, taggers, None)
@@ -60,7 +60,7 @@ def measure(rows: int = ROWS, rounds: int = ROUNDS) -> dict[str, Any]:
     return figures
 
 
-def _rows(count: int) -> RowStore:
+def edited_rows(count: int) -> RowStore:
     """Real rows, then copies of them with a word more in the last turn, until there are `count` distinct ones."""
     readings = read_sources(list_source_files([DATA / name for name in _FILES]), ReadersConfig())
     real = [row for reading in readings for row in reading.rows]
