@@ -6,7 +6,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from flows.cli import adapters, checks, models, ratings, stages, store
+from flows.cli import adapter_folders, adapters, checks, gate, judge, models, ratings, stages, store, vote
 
 app = typer.Typer(
     name="qlora",
@@ -29,9 +29,16 @@ app.command()(models.quantize)
 app.command()(models.perplexity)
 app.command()(ratings.tournament)
 app.command()(ratings.agreement)
+app.command()(gate.gate)
 app.command()(adapters.promote)
 app.command()(adapters.rollback)
+app.command()(gate.history)
+app.command()(adapters.compose)
+app.command()(adapters.merge)
+app.add_typer(adapter_folders.app, name="adapter")
 app.add_typer(store.app, name="store")
+app.add_typer(judge.app, name="judge")
+app.add_typer(vote.app, name="vote")
 
 
 def main() -> None:

@@ -33,8 +33,11 @@ STORE_COMMANDS = [
 
 def test_commands_are_those_promised() -> None:
     assert sorted(DESCRIBED) == [
-        "agreement", "curate", "doctor", "evaluate", "init", "perplexity", "plan", "promote", "quantize", "rollback",
+        *(f"adapter {name}" for name in ("bisect", "diff", "export", "inspect")),
+        "agreement", "compose", "curate", "doctor", "evaluate", "gate", "history", "init", "judge certify", "merge",
+        "perplexity", "plan", "promote", "quantize", "rollback",
         "run", *(f"store {name}" for name in STORE_COMMANDS), "sweep", "tournament",
+        "vote export", "vote import", "vote serve",
     ]  # fmt: skip
 
 
@@ -58,7 +61,7 @@ def test_section_stands_in_the_guide_and_in_the_config_that_init_writes(section:
     assert re.search(rf"^{section}:", demo_config(), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "check", "bench", "clean"])
+@pytest.mark.parametrize("target", ["demo", "test", "check", "bench", "bench-gpu", "clean"])
 def test_make_target_says_what_it_does(target: str) -> None:
     assert re.search(rf"^{target}:.*## \S", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
