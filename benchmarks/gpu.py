@@ -96,7 +96,7 @@ def _train(folder: Path, tokens: int, count: int, device: str) -> dict[str, Any]
     measured = torch.cuda.max_memory_allocated() if device == "cuda" else None
     plan = _planned_bytes(folder, tokens * count, device)
     ours = Packed(folder, tokens, count, (RANK,))
-    spent = take_turns(ours, OneByOne(folder, ours), _LOSS_TOLERANCE[device])
+    spent = take_turns(ours, OneByOne(folder, tokens, ours), _LOSS_TOLERANCE[device])
     best = {way: min(times, key=lambda pair: pair[1]) for way, times in spent.items()}
     return {
         "tokens_per_s": {way: tokens * count / wall_s for way, (_, wall_s) in best.items()},

@@ -126,10 +126,10 @@ class Packed:
 class OneByOne:
     """Each trial alone: PEFT's LoRA on bitsandbytes' Linear4bit, one model for all so that memory is no matter."""
 
-    def __init__(self, folder: Path, ours: Packed) -> None:
+    def __init__(self, folder: Path, tokens: int, ours: Packed) -> None:
         base = load_quantized(folder, residency="bitsandbytes")
         self.base = base
-        self.rows = [run._rows for run in ours.runs]
+        self.rows = [_rows(number, tokens) for number in range(len(ours.runs))]
         self.orders = [run._order for run in ours.runs]
         self.model: PeftModel = self._model(base, [run.trial for run in ours.runs])
         self.optimizers = []
@@ -177,7 +177,7 @@ def _compare(folder: Path, tokens: int, count: int) -> dict[str, Any]:
     best: dict[str, tuple[float, float]] = {}
     for _ in range(ROUNDS):
         ours = Packed(folder, tokens, count)
-        spent = take_turns(ours, OneByOne(folder, ours), LOSS_TOLERANCE)
+        spent = take_turns(ours, OneByOne(folder, tokens, ours), LOSS_TOLERANCE)
         for name, times in spent.items():
             best[name] = min(best.get(name, (1e9, 1e9)), *times)
     return ratios(best)

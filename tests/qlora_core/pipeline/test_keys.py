@@ -133,6 +133,11 @@ FIELDS: dict[str, tuple[Any, str | None]] = {
     "evaluate.judge.kind": ("none", "evaluate"),
     # The offline judge, which this config has, takes no settings.
     "evaluate.judge.model": ("other", None),
+    "evaluate.judge.mode": ("score10", None),
+    "evaluate.judge.rubric": ("Be brief.", None),
+    "evaluate.judge.structured_output": (True, None),
+    "evaluate.judge.calls_in_flight": (2, None),
+    "evaluate.judge.certificate": ("text.txt", "evaluate"),
     "evaluate.judge.base_url": ("http://localhost:1/v1", None),
     "evaluate.judge.temperature": (0.0, None),
     "evaluate.judge.max_answer_tokens": (99, None),
@@ -172,7 +177,10 @@ AFTER = {
     None: set(),
 }
 # Settings that are only allowed together with others.
-TOGETHER = {"store.kms_key_id": ["store.encryption=aws:kms"]}
+TOGETHER = {
+    "store.kms_key_id": ["store.encryption=aws:kms"],
+    "evaluate.judge.rubric": ["evaluate.judge.mode=rubric"],
+}
 # The base stands above both curation and quantization.
 BOTH = {"base.model"}
 
