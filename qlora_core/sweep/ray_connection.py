@@ -6,7 +6,9 @@ With `cluster`, the only home of `ray`. Knows nothing of workers.
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -71,6 +73,16 @@ def ray_connection(address: str | None, workers: int | None) -> Iterator[None]:
 
 
 def _connect(address: str | None, workers: int | None) -> None:
+    """Connect, and leave SIGTERM to whom it belonged: Ray's own handler ends in an abort, after whatever we do."""
+    try:
+        _start_or_join(address, workers)
+    finally:
+        handler = signal.getsignal(signal.SIGTERM)  # Python still knows its own; None: it was never Python's
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _start_or_join(address: str | None, workers: int | None) -> None:
     import ray
     from ray.exceptions import RayError
 

@@ -47,7 +47,7 @@ def test_a_polite_kill_writes_a_checkpoint_of_the_step_under_way(
         while _checkpoints(store).keys() < reached.keys():
             assert time.monotonic() < sent + WITHIN_S, (reached, _checkpoints(store), log.read_text()[-3000:])
             time.sleep(0.05)
-        assert process.wait(timeout=60) == 1
+        assert process.wait(timeout=60) == 1, log.read_text()[-3000:]
     saved = _checkpoints(store)
     assert all(saved[trial] >= step for trial, step in reached.items()), (reached, saved)
     assert saved == _steps(store), "the checkpoint is of the last step that was trained"
