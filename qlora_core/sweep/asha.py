@@ -15,7 +15,7 @@ from bisect import bisect_right, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qlora_core.sweep.scheduler import OpenSegments, Segment, TrialState
+from qlora_core.sweep.scheduler import RungScheduler, Segment
 
 _Entry = tuple[float, int, str]
 
@@ -29,22 +29,14 @@ class _Rung:
     coming: int = 0
 
 
-class AsyncHalving:
+class AsyncHalving(RungScheduler):
     """One set of trials, which may grow with `add` until `close`. `rungs` as for `Halving`; it may be empty."""
 
     def __init__(self, rungs: Mapping[str, Sequence[int]], reduction_factor: int) -> None:
-        self._steps: dict[str, tuple[int, ...]] = {}
-        self._order: dict[str, int] = {}
-        self._factor = reduction_factor
+        super().__init__(reduction_factor)
         self._rungs: list[_Rung] = []
         self._settled = 0  # rungs under this one can get no more trials, and have let go all they will
         self._closed = False
-        self._position: dict[str, int] = {}
-        self._reported: dict[str, int] = {}
-        self._open = OpenSegments()
-        self._waiting = 0
-        self._changed: list[str] = []
-        self.states: dict[str, TrialState] = {}
         for trial, steps in rungs.items():
             self.add(trial, steps)
 
@@ -52,13 +44,8 @@ class AsyncHalving:
         """One more trial, as many rungs as the others."""
         if not self._rungs:
             self._rungs = [_Rung() for _ in steps]
-        self._steps[trial] = tuple(steps)
-        self._order[trial] = len(self._order)
-        self._position[trial], self._reported[trial] = 0, -1
-        self.states[trial] = "waiting"
-        self._waiting += 1
         self._rungs[0].coming += 1
-        self._offer(trial)
+        self._begin(trial, steps)
 
     def close(self) -> None:
         """No trial will be added any more."""
@@ -69,17 +56,6 @@ class AsyncHalving:
     def finished(self) -> bool:
         """Whether every trial is complete, pruned or failed, and none will be added."""
         return self._closed and self._waiting == 0
-
-    def due(self, trial: str) -> Segment | None:
-        """The segment a trial needs next, dispatched or not; None when it is finished or waits to be promoted."""
-        rung = self._position[trial]
-        if self.states[trial] != "waiting" or self._reported[trial] >= rung:
-            return None
-        return Segment(trial, rung, self._steps[trial][rung])
-
-    def state_of(self, trial: str) -> TrialState:
-        """Whether a trial is complete, pruned, failed, or waits."""
-        return self.states[trial]
 
     @property
     def open_segments(self) -> int:
@@ -99,26 +75,6 @@ class AsyncHalving:
                     return segment
         return self._open.take()
 
-    def release(self, trial: str) -> None:
-        """Give a dispatched segment back unfinished, to be taken again."""
-        self._offer(trial)
-
-    def report(self, trial: str, loss: float) -> None:
-        """The loss (nats per token, finite) of a trial at the rung it was due at."""
-        self._enter(trial, loss)
-        self._settle()
-
-    def fail(self, trial: str) -> None:
-        """A trial that will never report again. It counts at its rung, as the worst."""
-        self._finish(trial, "failed")
-        self._enter(trial, math.inf)
-        self._settle()
-
-    def take_changes(self) -> list[str]:
-        """The trials whose state has changed since the last call, in that order."""
-        changed, self._changed = self._changed, []
-        return changed
-
     def restore(
         self, results: Mapping[str, Mapping[int, float]], failed: Iterable[str], reached: Mapping[str, int]
     ) -> None:
@@ -134,17 +90,6 @@ class AsyncHalving:
                 if self._reported[trial] < self._position[trial]:
                     self._enter(trial, math.inf)
         self._settle()
-
-    def _offer(self, trial: str) -> None:
-        if (segment := self.due(trial)) is not None:
-            self._open.add(segment, self._order[trial])
-
-    def _finish(self, trial: str, state: TrialState) -> None:
-        if self.states[trial] == "waiting":
-            self._waiting -= 1
-        self.states[trial] = state
-        self._open.discard(trial)
-        self._changed.append(trial)
 
     def _enter(self, trial: str, loss: float) -> None:
         number = self._position[trial]

@@ -16,7 +16,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qlora_core.sweep.scheduler import OpenSegments, Segment, TrialState
+from qlora_core.sweep.scheduler import RungScheduler, Segment
 
 
 @dataclass
@@ -31,41 +31,22 @@ class _Rung:
         return self.members - len(self.ranked)
 
 
-class Halving:
+class Halving(RungScheduler):
     """One cohort. `rungs`: for each trial, in the order drawn, the steps it is compared at, equally many."""
 
     def __init__(self, rungs: Mapping[str, Sequence[int]], reduction_factor: int) -> None:
-        self._steps = {trial: tuple(steps) for trial, steps in rungs.items()}
-        self._order = {trial: place for place, trial in enumerate(rungs)}
-        self._factor = reduction_factor
-        count = len(next(iter(self._steps.values()))) if self._steps else 0
-        self._rungs = [_Rung(len(self._steps) if rung == 0 else 0) for rung in range(count)]
+        super().__init__(reduction_factor)
+        count = len(next(iter(rungs.values()))) if rungs else 0
+        self._rungs = [_Rung(len(rungs) if rung == 0 else 0) for rung in range(count)]
         self._frontier = 0  # the rung that is being decided; those below are
-        self._position = dict.fromkeys(self._steps, 0)
-        self._reported: dict[str, int] = dict.fromkeys(self._steps, -1)
         self._loss: dict[str, float] = {}
-        self._open = OpenSegments()
-        self._waiting = len(self._steps)
-        self._changed: list[str] = []
-        self.states: dict[str, TrialState] = dict.fromkeys(self._steps, "waiting")
-        for trial in self._steps:
-            self._offer(trial)
+        for trial, steps in rungs.items():
+            self._begin(trial, steps)
 
     @property
     def finished(self) -> bool:
         """Whether every trial is complete, pruned or failed."""
         return self._waiting == 0
-
-    def due(self, trial: str) -> Segment | None:
-        """The segment a trial needs next, dispatched or not; None when it is finished or awaits a decision."""
-        rung = self._position[trial]
-        if self.states[trial] != "waiting" or self._reported[trial] >= rung:
-            return None
-        return Segment(trial, rung, self._steps[trial][rung])
-
-    def state_of(self, trial: str) -> TrialState:
-        """Whether a trial is complete, pruned, failed, or waits."""
-        return self.states[trial]
 
     @property
     def open_segments(self) -> int:
@@ -76,43 +57,12 @@ class Halving:
         """Take the next segment to dispatch: deepest rung first, then the order drawn. None: nothing to do now."""
         return self._open.take()
 
-    def release(self, trial: str) -> None:
-        """Give a dispatched segment back unfinished, to be taken again."""
-        self._offer(trial)
-
-    def report(self, trial: str, loss: float) -> None:
-        """The loss (nats per token, finite) of a trial at the rung it was due at."""
-        self._enter(trial, loss)
-        self._settle()
-
-    def fail(self, trial: str) -> None:
-        """A trial that will never report again. It keeps its place in its rung, as the worst."""
-        self._finish(trial, "failed")
-        self._enter(trial, math.inf)
-        self._settle()
-
-    def take_changes(self) -> list[str]:
-        """The trials whose state has changed since the last call, in that order."""
-        changed, self._changed = self._changed, []
-        return changed
-
     def restore(
         self, results: Mapping[str, Mapping[int, float]], failed: Iterable[str], reached: Mapping[str, int]
     ) -> None:
         """Bring a fresh cohort to where the recorded losses and failures had brought it; decisions follow from them."""
         del reached
         replay(self, results, failed)
-
-    def _offer(self, trial: str) -> None:
-        if (segment := self.due(trial)) is not None:
-            self._open.add(segment, self._order[trial])
-
-    def _finish(self, trial: str, state: TrialState) -> None:
-        if self.states[trial] == "waiting":
-            self._waiting -= 1
-        self.states[trial] = state
-        self._open.discard(trial)
-        self._changed.append(trial)
 
     def _enter(self, trial: str, loss: float) -> None:
         number = self._position[trial]

@@ -5,6 +5,8 @@ A scheduler is a state machine without input or output. Knows nothing of workers
 
 import heapq
 import itertools
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -104,3 +106,77 @@ class OpenSegments:
     def take_of(self, trial: str) -> Segment | None:
         """Remove and return the segment of one trial; None where none waits."""
         return self._live.pop(trial, None)
+
+
+class RungScheduler(ABC):
+    """What schedulers over rungs share: where each trial stands, what waits to be dispatched, what has changed.
+
+    How a report is judged is the subclass's: `_enter` takes one in, `_settle` draws what follows from it.
+    """
+
+    def __init__(self, reduction_factor: int) -> None:
+        self._factor = reduction_factor
+        self._steps: dict[str, tuple[int, ...]] = {}
+        self._order: dict[str, int] = {}
+        self._position: dict[str, int] = {}
+        self._reported: dict[str, int] = {}
+        self._open = OpenSegments()
+        self._waiting = 0
+        self._changed: list[str] = []
+        self.states: dict[str, TrialState] = {}
+
+    def due(self, trial: str) -> Segment | None:
+        """The segment a trial needs next, dispatched or not; None when it is finished or awaits a decision."""
+        rung = self._position[trial]
+        if self.states[trial] != "waiting" or self._reported[trial] >= rung:
+            return None
+        return Segment(trial, rung, self._steps[trial][rung])
+
+    def state_of(self, trial: str) -> TrialState:
+        """Whether a trial is complete, pruned, failed, or waits."""
+        return self.states[trial]
+
+    def release(self, trial: str) -> None:
+        """Give a dispatched segment back unfinished, to be taken again."""
+        self._offer(trial)
+
+    def report(self, trial: str, loss: float) -> None:
+        """The loss (nats per token, finite) of a trial at the rung it was due at."""
+        self._enter(trial, loss)
+        self._settle()
+
+    def fail(self, trial: str) -> None:
+        """A trial that will never report again. It counts at its rung, as the worst."""
+        self._finish(trial, "failed")
+        self._enter(trial, math.inf)
+        self._settle()
+
+    def take_changes(self) -> list[str]:
+        """The trials whose state has changed since the last call, in that order."""
+        changed, self._changed = self._changed, []
+        return changed
+
+    @abstractmethod
+    def _enter(self, trial: str, loss: float) -> None: ...
+
+    @abstractmethod
+    def _settle(self) -> None: ...
+
+    def _begin(self, trial: str, steps: Iterable[int]) -> None:
+        self._steps[trial] = tuple(steps)
+        self._order[trial] = len(self._order)
+        self._position[trial], self._reported[trial] = 0, -1
+        self.states[trial] = "waiting"
+        self._waiting += 1
+        self._offer(trial)
+
+    def _offer(self, trial: str) -> None:
+        if (segment := self.due(trial)) is not None:
+            self._open.add(segment, self._order[trial])
+
+    def _finish(self, trial: str, state: TrialState) -> None:
+        if self.states[trial] == "waiting":
+            self._waiting -= 1
+        self.states[trial] = state
+        self._open.discard(trial)
+        self._changed.append(trial)

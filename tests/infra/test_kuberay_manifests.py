@@ -102,7 +102,7 @@ def test_every_pod_runs_one_image_without_root_over_the_same_work_folder(path: P
     containers = [container for pod in pods for container in pod["containers"]]
     assert len({container["image"] for container in containers}) == 1
     assert all(pod["securityContext"]["runAsNonRoot"] for pod in pods)
-    assert all({"name": "work", "mountPath": "/work"} in container["volumeMounts"] for container in containers)
+    assert all({"name": "work", "mountPath": "/state"} in container["volumeMounts"] for container in containers)
 
 
 def test_the_jobs_command_is_one_that_the_cli_takes() -> None:
