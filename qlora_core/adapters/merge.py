@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import safe_open
@@ -98,7 +98,6 @@ def merge(request: MergeRequest, config: MergeConfig) -> dict[str, Any]:
         certificate |= _origin(request, adapter)
         if chosen is None:
             _refuse(request, certificate)
-        assert chosen is not None
         text = json.dumps(certificate, indent=1, allow_nan=False)
         (chosen / CERTIFICATE_FILE).write_text(text + "\n", encoding="utf-8")
         if request.out.exists():
@@ -303,7 +302,7 @@ def _origin(request: MergeRequest, adapter: AdapterFolder) -> dict[str, Any]:
     }
 
 
-def _refuse(request: MergeRequest, certificate: dict[str, Any]) -> None:
+def _refuse(request: MergeRequest, certificate: dict[str, Any]) -> NoReturn:
     path = request.out.with_name(f"{request.out.name}.refused.json")
     path.write_text(json.dumps(certificate, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     reasons = "; ".join(f"{entry['name']}: {', '.join(entry['failures'])}" for entry in certificate["candidates"])

@@ -1,7 +1,7 @@
 """Runs a model's Python code against unit tests in a process of its own, with little to reach and little time.
 
 A guard against accidents, not against an attacker: the process gets an empty folder, an empty environment, limits on
-processor time, memory, file size, open files and processes, no network calls through Python's socket module, and is
+processor time, memory, file size and open files, no network calls through Python's socket module, and is
 killed with its whole group at the end. Code that may be hostile belongs in a container or a virtual machine.
 """
 
