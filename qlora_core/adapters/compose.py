@@ -23,10 +23,11 @@ from qlora_core.adapters.adapter_folder import (
 )
 from qlora_core.adapters.dense_rules import approximate, dare, dare_ties, seed_of, ties
 from qlora_core.adapters.forgetting import Task, forgetting
+from qlora_core.adapters.ingredient import Ingredient
 from qlora_core.adapters.lineage import check_chain, check_parents_present, common_base
 from qlora_core.adapters.low_rank import Compressed, LowRank, compress, concatenate
 from qlora_core.adapters.on_base import check_on_base, write_golden_of
-from qlora_core.config.recipe import EXACT_METHODS, PRUNING_METHODS, RecipeConfig, load_recipe
+from qlora_core.config.recipe import PRUNING_METHODS, RecipeConfig, load_recipe
 from qlora_core.digest import digest_files, digest_json
 from qlora_core.errors import ConfigError, ModelError
 from qlora_core.model.adapter import PARENTS_KEY, PROVENANCE_FILE
@@ -36,20 +37,6 @@ from qlora_core.store.manifest import DISTRIBUTION
 RECIPE_FILE = "recipe.json"
 CODE_VERSION = 1
 """Of the rules in this package: raised whenever the same recipe would give other numbers."""
-
-
-@dataclass(frozen=True)
-class Ingredient:
-    """An adapter, what reports call it, and its weight, which may differ by module (None: the same everywhere)."""
-
-    name: str
-    adapter: AdapterFolder
-    weight: float
-    by_module: Mapping[str, float] | None = None
-
-    def weight_on(self, module: str) -> float:
-        """The factor of its delta on a module."""
-        return self.weight if self.by_module is None else self.by_module.get(module, 0.0)
 
 
 def compose(recipe_file: Path, out: Path) -> dict[str, Any]:
@@ -271,8 +258,7 @@ def _rank(recipe: RecipeConfig, ingredients: Sequence[Ingredient]) -> int:
     """What the result's modules are padded to: the asked-for rank, else the largest sum of ranks on a module."""
     modules = {module for each in ingredients for module in each.adapter.modules}
     summed = max(sum(each.adapter.rank(module) for each in ingredients) for module in modules)
-    exact = recipe.method in EXACT_METHODS and recipe.rank is None
-    return summed if exact or recipe.rank is None else recipe.rank
+    return summed if recipe.rank is None else recipe.rank
 
 
 def _zero(shape: tuple[int, int]) -> LowRank:

@@ -11,12 +11,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
 from qlora_core.adapters.adapter_folder import AdapterFolder
+from qlora_core.adapters.ingredient import Ingredient
 from qlora_core.adapters.low_rank import inner
 from qlora_core.adapters.weighted_model import WeightedModel
 from qlora_core.config.recipe import LearnConfig
@@ -25,9 +26,6 @@ from qlora_core.evaluation.heldout import RowLoss, compare_losses
 from qlora_core.model.base import load_any
 from qlora_core.model.loss import max_positions_of
 from qlora_core.model.perplexity import Window, checked_window, encode_documents, read_text, split_windows
-
-if TYPE_CHECKING:
-    from qlora_core.adapters.compose import Ingredient
 
 COPY_COSINE = 0.99
 """Deltas nearer than this are one adapter twice; cosines below it are shown and decide nothing."""
@@ -41,7 +39,7 @@ _RESAMPLES = 1000
 class Learned:
     """The adapters with their learned weights, dropped ones at 0, and the report."""
 
-    ingredients: "list[Ingredient]"
+    ingredients: list[Ingredient]
     report: dict[str, Any]
 
 
@@ -54,7 +52,7 @@ class _Rows:
     test: list[list[int]]
 
 
-def learn_weights(base: Path, ingredients: "Sequence[Ingredient]", config: LearnConfig, folder: Path) -> Learned:
+def learn_weights(base: Path, ingredients: Sequence[Ingredient], config: LearnConfig, folder: Path) -> Learned:
     """Climb the ladder up to `config.level`; texts' relative paths start at `folder`.
 
     The report: `level` that was kept, `weights`, `by_module` (or None), `dropped` {name: why}, `test` {`loss`,
@@ -94,7 +92,7 @@ class _Climbed:
 
 class _Ladder:
     def __init__(
-        self, model: WeightedModel, ingredients: "Sequence[Ingredient]", config: LearnConfig, rows: _Rows
+        self, model: WeightedModel, ingredients: Sequence[Ingredient], config: LearnConfig, rows: _Rows
     ) -> None:
         self._model, self._ingredients, self._config, self._rows = model, ingredients, config, rows
         self._dropped: dict[str, str] = {}
@@ -241,7 +239,7 @@ def _read_rows(base: Path, config: LearnConfig, folder: Path, limit: int | None)
 
 
 def _judge(
-    model: WeightedModel, ingredients: "Sequence[Ingredient]", weights: torch.Tensor, test: list[list[int]]
+    model: WeightedModel, ingredients: Sequence[Ingredient], weights: torch.Tensor, test: list[list[int]]
 ) -> dict[str, Any]:
     count = len(ingredients)
     rivals = {"base": torch.zeros(count)}

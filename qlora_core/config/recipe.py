@@ -12,7 +12,6 @@ from qlora_core.config.yaml_text import Location, parse_document
 from qlora_core.errors import ConfigError
 
 Method = Literal["sum", "weighted", "cat", "negate", "sequential", "ties", "dare", "dare_ties", "learned"]
-EXACT_METHODS = ("sum", "weighted", "cat", "negate", "sequential", "learned")
 PRUNING_METHODS = ("ties", "dare", "dare_ties")
 
 

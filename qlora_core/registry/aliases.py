@@ -82,7 +82,7 @@ def move_champion(
         set_alias(client, model_name, CHAMPION, version)
         finish_move(client, model_name, move)
         _set_previous(client, model_name, version)
-    _log.info("Champion of %s: version %s (was %s): %s", model_name, version, current, reason)
+    _log.info("Champion of %s: version %s (was %s): %s", model_name, version, current or "none", reason)
     return MoveOutcome(True, version)
 
 
