@@ -45,6 +45,9 @@ class IdleWorker:
     def come_back(self) -> None:
         """Nothing runs."""
 
+    def let_go(self) -> None:
+        """Nothing is held."""
+
 
 def _ended(trial: Mapping[str, Any], step: int) -> dict[str, Any]:
     return {

@@ -120,8 +120,10 @@ class Cluster:
         slot.draining = True
         if slot.phase == "busy":
             slot.actor.stop.remote()
-        else:
-            self._end(worker)
+            return
+        if slot.phase == "idle":
+            _wait_for([slot.actor.let_go.remote()])
+        self._end(worker)
 
     def wait(self, timeout_s: float) -> list[Outcome]:
         """What ended within `timeout_s`; empty when nothing did. Dead workers are replaced on the way.
@@ -150,16 +152,15 @@ class Cluster:
         self._start()
 
     def stop(self) -> None:
-        """Let busy workers write their checkpoints (a minute at most), then end all."""
-        import ray
-
+        """Let workers write the checkpoints of what they train or hold (a minute at most), then end all."""
         busy = [slot for slot in self._slots.values() if slot.phase == "busy"]
+        idle = [slot for slot in self._slots.values() if slot.phase == "idle"]
         try:
             for slot in busy:
                 slot.actor.stop.remote()
             if busy:
                 _LOGGER.info("stopping %d workers; their checkpoints are kept", len(busy))
-                ray.wait([slot.pending for slot in busy], num_returns=len(busy), timeout=_STOP_GRACE_S)
+            _wait_for([slot.pending for slot in busy] + [slot.actor.let_go.remote() for slot in idle])
         finally:
             for name in list(self._slots):
                 self._end(name)
@@ -278,6 +279,13 @@ class Cluster:
                 f"{_needs(self._options)}, and the cluster has {resources_in_words(ray.cluster_resources())}; "
                 "free or add resources, or raise compute.worker_start_timeout_s"
             )
+
+
+def _wait_for(calls: list[Any]) -> None:
+    import ray
+
+    if calls:
+        ray.wait(calls, num_returns=len(calls), timeout=_STOP_GRACE_S)
 
 
 def _own_node(worker: Any) -> str:

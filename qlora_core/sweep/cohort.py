@@ -76,6 +76,7 @@ class Cohort:
 
     def _dispatch(self, pool: WorkerPool) -> None:
         idle = pool.idle()
+        self._take_back_from_all_but(idle)
         if idle:
             self._draw_for(len(idle) * self._host.pack_size)
         kept = sum(len(self._held.get(worker, ())) for worker in idle)
@@ -90,6 +91,12 @@ class Cohort:
         pool.expect(len(self._busy) + math.ceil(waiting / self._host.pack_size))
         if waiting and not pool.idle():
             self._call_back(pool, waiting)
+
+    def _take_back_from_all_but(self, idle: Sequence[str]) -> None:
+        """A worker that was drained just as it came back is gone, and with it what it held: others go on with that."""
+        for worker in self._held.keys() - set(idle):
+            for segment in self._held.pop(worker):
+                self._scheduler.release(segment.trial)
 
     def _draw_for(self, slots: int) -> None:
         while self._draw is not None and self._scheduler.open_segments < slots:

@@ -109,6 +109,15 @@ class SweepWorker:
         """Ask a running segment to end soon, its trials held: there are others to train beside them."""
         self._return.set()
 
+    def let_go(self) -> None:
+        """Write checkpoints of the trials that are held between calls, and free their slots."""
+        if self._trainer is None:
+            return
+        with ExitStack() as owned:
+            for trial_id in sorted(self._trainer.held):
+                owned.enter_context(self._owned(trial_id))
+            self._trainer.release()
+
     def export(self, trial: Mapping[str, Any], out: str) -> dict[str, Any]:
         """Write the trial's adapter as a PEFT folder; returns the compute `precision` it was trained in."""
         from qlora_core.model.base import choose_device, choose_precision

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -78,3 +79,32 @@ def test_a_freed_slot_is_filled_while_its_neighbours_go_on(
         whole, _ = fleet.simulate(sweep, machines, tmp_path / "whole")
     assert refilled.saturated_busy_s / refilled.saturated_alive_s > 0.95
     assert refilled.now < whole.now
+
+
+def test_what_a_worker_held_goes_on_elsewhere_when_it_is_gone_as_it_comes_back(
+    fleet: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its call ended well, so that no outcome says that it is gone."""
+
+    class Vanishing(fleet.SimulatedPool):
+        vanished = 0
+
+        def wait(self, timeout_s: float) -> list[Any]:
+            assert self.now < 1e7, "the sweep waits for a worker that is gone"
+            outcomes = super().wait(timeout_s)
+            for outcome in outcomes:
+                if self.vanished < 3 and any(row["held"] for row in outcome.result or ()):
+                    self._preempt(self._workers[outcome.worker])
+                    self.vanished += 1
+            return outcomes
+
+    sweep = fleet.sweep_of(40, PruningConfig())
+    machines = fleet.Fleet(3, 4, counts_driver=False)
+    found = []
+    for name, pool_class in (("whole", fleet.SimulatedPool), ("vanishing", Vanishing)):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(fleet, "SimulatedPool", pool_class)
+        pool, records = fleet.simulate(sweep, machines, tmp_path / name)
+        found.append([(record.id, record.state, record.loss, record.rungs) for record in records])
+    assert pool.vanished == 3
+    assert found[0] == found[1]

@@ -83,6 +83,9 @@ class ToyWorker:
     def come_back(self) -> None:
         """A toy pack is trained one after the other, so there is nothing to come back for."""
 
+    def let_go(self) -> None:
+        """Nothing is held."""
+
     def stop(self) -> None:
         """End the running segment after its step."""
         self._stop.set()
