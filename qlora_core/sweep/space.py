@@ -175,7 +175,8 @@ def trial_params(train: TrainConfig, drawn: Mapping[str, Any]) -> TrainConfig:
         return TrainConfig(**{**train.model_dump(), **drawn})
     except ValidationError as error:
         faults = (f"{'.'.join(map(str, fault['loc'])) or 'train'}: {fault['msg']}" for fault in error.errors())
-        raise SweepError(f"this point is no valid train section: {'; '.join(faults)} (drawn: {dict(drawn)})") from error
+        point = dict(sorted(drawn.items()))  # the study gives them back in another order than they were drawn in
+        raise SweepError(f"this point is no valid train section: {'; '.join(faults)} (drawn: {point})") from error
 
 
 def _holds(name: str, kind: type) -> bool:

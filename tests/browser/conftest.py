@@ -18,7 +18,7 @@ PHONE = {"width": 390, "height": 780}
 TIMEOUT_MS = 60_000  # the machine may be busy with other tests
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop runs as long as it lives, and other tests want none
 def chromium() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed; install the system's package chromium")
