@@ -55,7 +55,8 @@ def measure() -> dict[str, Any]:
             figures[f"{ADAPTERS} x {tokens} tokens"] = _compare(folder, tokens, ADAPTERS)
         figures["1 x 64 tokens"] = _compare(folder, 64, 1)
         figures["memory"] = _memory(folder)
-    figures["optimizer step"] = _compare_optimizers()
+    figures["optimizer step, this base"] = _compare_optimizers(768, 768, 2048, layers=3)
+    figures["optimizer step, 8 layers of an 8B model"] = _compare_optimizers(4096, 1024, 14336, layers=8)
     return figures
 
 
@@ -87,6 +88,7 @@ def _trial(number: int, ranks: Sequence[int]) -> Trial:
         lora_rank=ranks[number % len(ranks)],
         lora_dropout=0.0,
         learning_rate=1e-3,
+        warmup_ratio=0.0,
         micro_batch_size=1,
         gradient_accumulation_steps=1,
         max_steps=STEPS,
@@ -196,35 +198,34 @@ def take_turns(ours: Packed, peer: OneByOne, tolerance: float) -> dict[str, list
     return {name: times[1:] for name, times in spent.items()}
 
 
-def _compare_optimizers() -> dict[str, Any]:
-    """A step over the adapters of 8 layers of an 8B model at rank 16: one flat buffer against a tensor at a time."""
-    wide = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096),
-            "gate": (4096, 14336), "up": (4096, 14336), "down": (14336, 4096)}  # fmt: skip
-    shapes = [shape for _ in range(8) for i, o in wide.values() for shape in ((16, i), (o, 16))]
+def _compare_optimizers(hidden: int, key_value: int, wide: int, layers: int) -> dict[str, Any]:
+    """A step over the adapters of Llama layers of these widths at rank 16: one flat buffer against a tensor a time."""
+    linears = [(hidden, hidden), (hidden, key_value), (hidden, key_value), (hidden, hidden),
+               (hidden, wide), (hidden, wide), (wide, hidden)]  # fmt: skip
+    shapes = [shape for _ in range(layers) for i, o in linears for shape in ((16, i), (o, 16))]
     count = sum(a * b for a, b in shapes)
     flat = torch.nn.Parameter(torch.zeros(count))
     flat.grad = torch.full_like(flat, 1e-3)
     apart = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for parameter in apart:
+        parameter.grad = torch.zeros_like(parameter)
     ours = TrialOptimizer({"a": flat}, TrainConfig(optimizer="adamw"))
     peer = PagedAdamW32bit(apart, lr=2e-4)
 
-    def step_ours() -> None:
-        assert flat.grad is not None
-        flat.grad.fill_(1e-3)
-        ours.step(2e-4)
-
     def step_peer() -> None:
-        for parameter in apart:
-            parameter.grad = torch.full_like(parameter, 1e-3)
         peer.step()
+        peer.zero_grad(set_to_none=False)  # ours sets gradients to zero in its step
 
     best: dict[str, tuple[float, float]] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
         for _ in range(12):
-            for name, step in (("ours", step_ours), ("peer", step_peer)):
+            for gradient in (flat.grad, *(parameter.grad for parameter in apart)):
+                assert gradient is not None
+                gradient.fill_(1e-3)
+            for name, step in (("ours", lambda: ours.step(2e-4)), ("peer", step_peer)):
                 best[name] = min(best.get(name, (1e9, 1e9)), timed(step))
-    if not torch.allclose(flat.detach()[: 16 * 4096], apart[0].detach().flatten(), rtol=1e-5, atol=1e-8):
+    if not torch.allclose(flat.detach()[: 16 * hidden], apart[0].detach().flatten(), rtol=1e-5, atol=1e-8):
         raise AssertionError("the two optimizers step to different weights")
     return {"parameters": count, **ratios(best)}
 
