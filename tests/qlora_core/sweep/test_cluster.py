@@ -181,12 +181,14 @@ def test_idle_workers_beyond_the_work_end_and_come_back(toy: ModuleType, tmp_pat
         while len(cluster.idle()) > 1 and time.monotonic() < deadline:
             cluster.wait(0.5)
             time.sleep(0.2)
-        assert cluster.idle() == ["worker-0"]
+        # Which of the two has been idle for longer, and so ends, depends on which of them had loaded first.
+        (kept,) = cluster.idle()
+        assert kept in ("worker-0", "worker-1")
         cluster.expect(2)
         while len(cluster.idle()) < 2 and time.monotonic() < deadline:
             cluster.wait(0.5)
             time.sleep(0.1)
-        assert cluster.idle() == ["worker-0", "worker-2"]
+        assert cluster.idle() == [kept, "worker-2"]
 
 
 def test_a_cluster_beyond_this_machine_needs_a_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
