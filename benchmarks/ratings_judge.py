@@ -1,9 +1,11 @@
 """200 judge calls, 64 in flight, against a loopback server that answers each in 200 ms: how near to the ideal.
 
 The ideal is four waves of 0.2 s. The server is a process of its own; the judge has heard it once before the clock
-starts, as it has after its first call. Verdicts go to a cache on disk, as in a run.
+starts, as it has after its first call. Verdicts go to a cache on disk, as in a run. In turn with each round a loop of
+bare aiohttp sends as many requests of the same size and reads the replies: what this machine and server allow at all.
 """
 
+import asyncio
 import statistics
 import subprocess
 import sys
@@ -52,7 +54,7 @@ def measure(rounds: int = 5, calls: int = CALLS) -> dict[str, Any]:
     ):
         try:
             port = server.stdout.readline().strip() if server.stdout else ""
-            seconds = _rounds(f"http://127.0.0.1:{port}/v1", Path(folder), rounds, calls)
+            seconds, bare_seconds = _rounds(f"http://127.0.0.1:{port}/v1", Path(folder), rounds, calls)
         finally:
             server.terminate()
     ideal_s = -(-calls // IN_FLIGHT) * ANSWER_S
@@ -64,16 +66,19 @@ def measure(rounds: int = 5, calls: int = CALLS) -> dict[str, Any]:
         "seconds": seconds,
         "share_of_ideal": ideal_s / statistics.median(seconds),
         "best_share_of_ideal": ideal_s / min(seconds),
+        "bare_seconds": bare_seconds,
+        "bare_share_of_ideal": ideal_s / statistics.median(bare_seconds),
+        "share_of_bare": statistics.median(bare_seconds) / statistics.median(seconds),
         "least_share": LEAST_SHARE,
     }
 
 
-def _rounds(url: str, folder: Path, rounds: int, calls: int) -> list[float]:
+def _rounds(url: str, folder: Path, rounds: int, calls: int) -> tuple[list[float], list[float]]:
     settings = {
         "model": "m", "base_url": url, "calls_in_flight": IN_FLIGHT, "budget_usd": 1000.0,
         "input_usd_per_million": 2.0, "output_usd_per_million": 8.0,
     }  # fmt: skip
-    seconds = []
+    seconds, bare_seconds = [], []
     with (
         VerdictCache(folder / "verdicts.db") as cache,
         open_openai_judge(JudgeConfig.model_validate(settings), {}, cache) as judge,
@@ -86,4 +91,20 @@ def _rounds(url: str, folder: Path, rounds: int, calls: int) -> list[float]:
             seconds.append(time.perf_counter() - started_s)
             if any(judgement.slot != "first" for judgement in judged):
                 raise SystemExit("a verdict is not the server's")
-    return seconds
+            started_s = time.perf_counter()
+            asyncio.run(_bare(url, calls))
+            bare_seconds.append(time.perf_counter() - started_s)
+    return seconds, bare_seconds
+
+
+async def _bare(url: str, calls: int) -> None:
+    import aiohttp
+
+    free = asyncio.Semaphore(IN_FLIGHT)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def ask() -> None:
+            async with free, session.post(f"{url}/chat/completions", json={"text": "x" * 2400}) as response:
+                await response.read()
+
+        await asyncio.gather(*(ask() for _ in range(calls)))

@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import time
+import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -92,6 +93,18 @@ def custom_url(config: JudgeConfig, environment: Mapping[str, str]) -> str | Non
     return config.base_url or environment.get(URL_VARIABLE) or None
 
 
+def environment_proxy(url: str) -> str | None:
+    """The proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name for an address; None where there is none.
+
+    Looked up once: aiohttp's own `trust_env` asks the environment and ~/.netrc in two threads for every call, which
+    cost a fifth of the processor time of a call.
+    """
+    parts = urlsplit(url)
+    if urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
+
+
 def without_secrets(url: str) -> str:
     """An address without user name, password or query."""
     parts = urlsplit(url)
@@ -135,7 +148,7 @@ class JudgeClient:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._session = aiohttp.ClientSession(
             headers=headers,
-            trust_env=True,  # a proxy named in the environment
+            proxy=environment_proxy(self._url),
             connector=aiohttp.TCPConnector(limit=0),  # the judge bounds its calls itself
             timeout=aiohttp.ClientTimeout(total=self._config.timeout_s),
         )

@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from qlora_core.config.evaluate import JudgeConfig
+from qlora_core.errors import JudgeError
 from qlora_core.evaluation.judge_cache import VerdictCache
 from qlora_core.evaluation.judge_openai import OpenAIJudge, open_openai_judge
 from qlora_core.evaluation.judge_pacing import Pace, stream_from_loop
@@ -96,6 +97,21 @@ def test_decide_storm_slows_down_and_loses_nothing(
     assert all(row.scored for row in verdicts)
     assert len(allowed) > 50  # the storm did happen
     assert (allowed[0], min(allowed)) == (16, 1)
+
+
+def test_decide_goes_through_the_proxy_the_environment_names(
+    judge_server: "JudgeServer", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The endpoint's name resolves nowhere: only by way of the proxy, here the server itself, can an answer come.
+    config = _config("http://judge.invalid/v1", max_retries=0)
+    for name in ("http_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", judge_server.url.removesuffix("/v1"))
+    verdicts, _ = _judge(config, 1)
+    assert all(verdict.verdict is not None for verdict in verdicts)
+    monkeypatch.setenv("NO_PROXY", "judge.invalid")
+    with pytest.raises(JudgeError, match=r"judge\.invalid/v1 cannot be reached"):
+        _judge(config, 1)
 
 
 def test_pace_halves_on_refusals_grows_on_success_and_lets_no_more_in() -> None:
