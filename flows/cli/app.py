@@ -6,7 +6,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from flows.cli import adapter_folders, adapters, checks, gate, judge, models, ratings, stages, store, vote
+from flows.cli import adapter_folders, adapters, benchmark, champions, checks, gate, judge, models, ratings, stages, store, vote
 
 app = typer.Typer(
     name="qlora",
@@ -27,11 +27,12 @@ app.command()(stages.sweep)
 app.command()(stages.evaluate)
 app.command()(models.quantize)
 app.command()(models.perplexity)
+app.command()(benchmark.benchmark)
 app.command()(ratings.tournament)
 app.command()(ratings.agreement)
 app.command()(gate.gate)
-app.command()(adapters.promote)
-app.command()(adapters.rollback)
+app.command()(champions.promote)
+app.command()(champions.rollback)
 app.command()(gate.history)
 app.command()(adapters.compose)
 app.command()(adapters.merge)

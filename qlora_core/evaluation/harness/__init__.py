@@ -1,0 +1,1 @@
+"""lm-evaluation-harness on a quantized base and its adapters: tasks, requests, paired results. An optional extra."""
