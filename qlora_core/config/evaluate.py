@@ -30,6 +30,11 @@ class JudgeConfig(Section):
     structured_output: bool = Field(
         default=False, description="probe whether the endpoint honours a JSON schema, and use it where it does"
     )
+    batch: bool = Field(
+        default=False, description="ask through the endpoint's batches: about half the price, answers within a day"
+    )
+    batch_price: float = Field(default=0.5, gt=0, le=1, description="what a call in a batch costs, as a share")
+    batch_poll_s: float = Field(default=30.0, gt=0, description="how often a batch under way is asked for")
     calls_in_flight: int = Field(default=8, ge=1, le=512, description="fewer while the server refuses for the rate")
     timeout_s: float = Field(default=60.0, gt=0)
     max_retries: int = Field(default=4, ge=0)
@@ -63,7 +68,7 @@ class EvaluateConfig(Section):
     max_new_tokens: int = Field(default=128, ge=1)
     exact_match_max_words: int = Field(default=12, ge=1, description="longer references are not compared word for word")
     batch_size: int = Field(
-        default=16, ge=1, description="rows scored at once; prompts answered at once, each by base and adapter"
+        default=16, ge=1, description="rows scored at once; prompts answered at once, each by base and candidates"
     )
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     resamples: int = Field(default=2000, ge=100, description="bootstrap resamples of the test rows")
@@ -71,5 +76,17 @@ class EvaluateConfig(Section):
     prompt_sets: list[str] = Field(
         default_factory=list,
         description="files or folders of evaluation items (GSM8K, MMLU, MT-bench, ...) to keep out of the data",
+    )
+    general_text: str | None = Field(
+        default=None, description="a text file on which forgetting is measured (gate.guards.max_perplexity_increase)"
+    )
+    latency_prompts: int = Field(
+        default=0, ge=0, description="prompts answered one by one to measure seconds per token; 0: not measured"
+    )
+    parity_certificate: str | None = Field(
+        default=None, description="what `qlora merge` wrote for this adapter (gate.guards.parity)"
+    )
+    votes: str | None = Field(
+        default=None, description="a study of `qlora vote serve` (votes.sqlite): its votes on these answers are kept"
     )
     judge: JudgeConfig = JudgeConfig()

@@ -73,7 +73,8 @@ def estimate_cost_usd(config: EvaluateConfig, prices: Prices) -> float:
     """What judging every prompt in both orders may cost: answers and replies at full length, no retries."""
     calls = 2 * config.max_prompts
     input_tokens = PROMPT_OVERHEAD_TOKENS + QUESTION_TOKENS + 2 * config.max_new_tokens
-    return calls * prices.cost_usd(input_tokens, config.judge.max_answer_tokens)
+    share = config.judge.batch_price if config.judge.batch else 1.0
+    return calls * prices.cost_usd(input_tokens, config.judge.max_answer_tokens) * share
 
 
 class Budget:
@@ -94,6 +95,10 @@ class Budget:
     def spent_usd(self) -> float:
         """Settled so far, what was spent before this run included."""
         return self._spent_usd
+
+    def add(self, cost_usd: float) -> None:
+        """Count what was paid without a reservation."""
+        self._spent_usd += cost_usd
 
     async def reserve(self, most_usd: float) -> bool:
         """Wait until the call may start; False once the budget is spent. Each True must be followed by one `settle`."""

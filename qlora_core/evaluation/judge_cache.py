@@ -135,6 +135,19 @@ class VerdictCache:
         rows = self._by_key("SELECT reason FROM attempts WHERE", [key])
         return rows[-1][0] if rows else None
 
+    def open_notes(self, keys: Iterable[str], prefix: str) -> dict[str, list[str]]:
+        """What follows `prefix` in the reason of each key's latest attempt, with the keys; others are left out."""
+        latest = dict(self._by_key("SELECT key, reason FROM attempts WHERE", keys))
+        found: dict[str, list[str]] = {}
+        for key, reason in latest.items():
+            if reason is not None and reason.startswith(prefix):
+                found.setdefault(reason.removeprefix(prefix), []).append(key)
+        return found
+
+    def attempts(self, keys: Iterable[str]) -> int:
+        """How many attempts there were at these keys."""
+        return len(self._by_key("SELECT id FROM attempts WHERE", keys))
+
     def spent_usd(self, keys: Iterable[str]) -> float:
         """What all attempts at these keys have cost, failures and earlier runs included."""
         return sum((row[0] for row in self._by_key("SELECT cost_usd FROM attempts WHERE", keys)), 0.0)

@@ -166,14 +166,52 @@ class JudgeClient:
         self, messages: Sequence[Mapping[str, str]], extra: Mapping[str, Any] | None = None
     ) -> Reply | Failure:
         """One call with the config's parameters and `extra` ones, in at most `timeout_s`. Never raises on a server."""
-        limit_name = self._limit_name
-        outcome = await self._call(messages, limit_name, extra or {})
-        if isinstance(outcome, Failure) and outcome.reason == "rejected" and _names_unknown(limit_name, outcome.advice):
-            other = "max_tokens" if limit_name == "max_completion_tokens" else "max_completion_tokens"
-            logger.info("the endpoint refuses %s; using %s", limit_name, other)
-            self._limit_name = other
-            outcome = await self._call(messages, other, extra or {})
+        outcome = await self._call(messages, extra or {})
+        if isinstance(outcome, Failure) and self.learns_from(outcome):
+            outcome = await self._call(messages, extra or {})
         return outcome
+
+    def learns_from(self, failure: Failure) -> bool:
+        """Whether a refusal shows that the endpoint has the other name for the token limit; it is used from then on."""
+        if failure.reason != "rejected" or not _names_unknown(self._limit_name, failure.advice):
+            return False
+        other = "max_tokens" if self._limit_name == "max_completion_tokens" else "max_completion_tokens"
+        logger.info("the endpoint refuses %s; using %s", self._limit_name, other)
+        self._limit_name = other
+        return True
+
+    def parameters(self, messages: Sequence[Mapping[str, str]], extra: Mapping[str, Any]) -> dict[str, Any]:
+        """The body of one chat call."""
+        parameters: dict[str, Any] = {
+            "model": self._config.model,
+            "messages": [dict(message) for message in messages],
+            self._limit_name: self._config.max_answer_tokens,
+            **extra,
+        }
+        if self._config.temperature is not None:
+            parameters["temperature"] = self._config.temperature
+        return parameters
+
+    def read(self, status: int, headers: Mapping[str, str], body: bytes) -> Reply | Failure:
+        """What an answer to a chat call says."""
+        return self._status_failure(status, headers, body) if status >= 400 else self._reply(body)
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        file: tuple[str, bytes] | None = None,
+    ) -> tuple[int, bytes | Failure]:
+        """A call to another path of the endpoint: status, and the body or the Failure that no answer or a refusal is.
+
+        `file`: its name and content, sent as a form with the parameters as its other fields.
+        """
+        status, headers, body = await self._send(method, path, parameters, file)
+        if isinstance(body, bytes) and status >= 400:
+            return status, self._status_failure(status, headers, body)
+        return status, body
 
     async def check(self) -> None:
         """Reach the endpoint without paying: JudgeError where nothing answers there or the key is refused.
@@ -190,24 +228,16 @@ class JudgeClient:
         elif status >= 400:
             logger.info("%s answers %d to a list of models", self.shown_url, status)
 
-    async def _call(
-        self, messages: Sequence[Mapping[str, str]], limit_name: str, extra: Mapping[str, Any]
-    ) -> Reply | Failure:
-        parameters: dict[str, Any] = {
-            "model": self._config.model,
-            "messages": [dict(message) for message in messages],
-            limit_name: self._config.max_answer_tokens,
-            **extra,
-        }
-        if self._config.temperature is not None:
-            parameters["temperature"] = self._config.temperature
-        status, headers, body = await self._send("POST", "chat/completions", parameters)
-        if isinstance(body, Failure):
-            return body
-        return self._status_failure(status, headers, body) if status >= 400 else self._reply(body)
+    async def _call(self, messages: Sequence[Mapping[str, str]], extra: Mapping[str, Any]) -> Reply | Failure:
+        status, headers, body = await self._send("POST", "chat/completions", self.parameters(messages, extra))
+        return body if isinstance(body, Failure) else self.read(status, headers, body)
 
     async def _send(
-        self, method: str, path: str, parameters: Mapping[str, Any] | None
+        self,
+        method: str,
+        path: str,
+        parameters: Mapping[str, Any] | None,
+        file: tuple[str, bytes] | None = None,
     ) -> tuple[int, Mapping[str, str], bytes | Failure]:
         """Status, headers and body; a Failure in the body's place where no answer came."""
         import aiohttp
@@ -215,8 +245,13 @@ class JudgeClient:
         url = self.shown_url
         parts = urlsplit(self._url)
         target = parts._replace(path=f"{parts.path.rstrip('/')}/{path}").geturl()
+        sent: dict[str, Any] = {"json": parameters}
+        if file is not None:
+            form = aiohttp.FormData(dict(parameters or {}))
+            form.add_field("file", file[1], filename=file[0], content_type="application/jsonl")
+            sent = {"data": form}
         try:
-            async with self._session.request(method, target, json=parameters, allow_redirects=False) as response:
+            async with self._session.request(method, target, **sent, allow_redirects=False) as response:
                 return response.status, response.headers, await response.read()
         except TimeoutError:
             advice = f"{url} did not answer in {self._config.timeout_s:g} s; raise evaluate.judge.timeout_s"

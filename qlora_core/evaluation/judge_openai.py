@@ -14,6 +14,7 @@ from typing import Any
 from qlora_core.config.evaluate import EvaluateConfig, JudgeConfig
 from qlora_core.digest import digest_json
 from qlora_core.evaluation.certificate import Certificate, certifies, read_certificate
+from qlora_core.evaluation.judge_batch import BatchSession
 from qlora_core.evaluation.judge_budget import Budget, estimate_cost_usd, judge_prices
 from qlora_core.evaluation.judge_cache import Served, VerdictCache
 from qlora_core.evaluation.judge_client import JudgeClient, Reply, custom_url, resolve_kind
@@ -54,6 +55,11 @@ class OpenAIJudge:
         capabilities = None if self.capabilities is None else self.capabilities._asdict()
         asked = {"mode": self._endpoint.config.mode, "system": SYSTEM, "task": self._form.task}
         return digest_json({**self._settings(), **asked, "capabilities": capabilities})
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """The certificate it was given, whether or not it is of this judge."""
+        return self._certificate
 
     @property
     def certified(self) -> bool:
@@ -116,7 +122,8 @@ class OpenAIJudge:
         wanted = {key: messages for key, messages in by_key.items() if key not in settled}
         if not wanted:
             return
-        session = Session(self._endpoint, budget, self._read, self._extra())
+        form = BatchSession if self._endpoint.config.batch else Session
+        session = form(self._endpoint, budget, self._read, self._extra())
 
         async def judge(emit: Emit, stop: asyncio.Event) -> None:
             def heard(remaining: Sequence[str]) -> dict[str, Messages]:

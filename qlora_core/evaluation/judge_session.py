@@ -64,6 +64,15 @@ class Endpoint:
             return most_usd
         return self.prices.cost_usd(reply.input_tokens, reply.output_tokens)
 
+    def of_one_snapshot(self, reply: Reply, judgement: Judgement) -> Judgement:
+        """The judgement, unscored where it is of another snapshot than the first one heard."""
+        if self.snapshot is None:
+            self.snapshot = reply.model
+        if reply.model == self.snapshot or judgement.slot is None:
+            return judgement
+        # Two snapshots are two judges: what this one said is kept for a run that is all its own
+        return Judgement(None, f"snapshot: the endpoint went from {self.snapshot} to {reply.model}; judge again")
+
 
 class Session:
     """Asks on one event loop. `read` turns a completed reply into a judgement; `extra` are parameters of every call."""
@@ -194,22 +203,13 @@ class Session:
                 return outcome
             cost_usd = endpoint.cost_usd(outcome, most_usd)
             judgement = read(outcome)
-            await self._writer.write(key, _recorded(outcome, judgement, cost_usd, latency_s))
+            await self._writer.write(key, recorded(outcome, judgement, cost_usd, latency_s))
         finally:
             self._calling.discard(task)
             self._budget.settle(most_usd, cost_usd)
         self._pace.went_well()
         endpoint.heard, endpoint.failures_in_a_row = True, 0
-        return self._of_one_snapshot(outcome, judgement)
-
-    def _of_one_snapshot(self, reply: Reply, judgement: Judgement) -> Judgement:
-        endpoint = self._endpoint
-        if endpoint.snapshot is None:
-            endpoint.snapshot = reply.model
-        if reply.model == endpoint.snapshot or judgement.slot is None:
-            return judgement
-        # Two snapshots are two judges: what this one said is kept for a run that is all its own
-        return Judgement(None, f"snapshot: the endpoint went from {endpoint.snapshot} to {reply.model}; judge again")
+        return endpoint.of_one_snapshot(outcome, judgement)
 
     def _give_up(self, failure: Failure | None) -> Judgement:
         endpoint = self._endpoint
@@ -232,7 +232,8 @@ def _probed(reply: Reply) -> Judgement:
     return Judgement(None, read_capabilities(reply).as_text())
 
 
-def _recorded(reply: Reply, judgement: Judgement, cost_usd: float, latency_s: float) -> Attempt:
+def recorded(reply: Reply, judgement: Judgement, cost_usd: float, latency_s: float) -> Attempt:
+    """A completed call as the cache keeps it."""
     return Attempt(
         judgement,
         raw=reply.content or reply.refusal,
