@@ -3,6 +3,10 @@
 Llama shapes of random weights, stored as NF4. The measured figure is the peak of resident memory while a trial trains
 over what the same process held after it had trained a tiny model, so that libraries and compiled kernels are not
 counted; the allocator is set as the sweep's own workers have it. Every row is as long as the plan assumes.
+
+The plan's margin was set on the figures of CASES; HELD_OUT has other shapes, ranks, lengths, rows, optimizers and
+targets. Its first case of 200M, off by 7.5 %, showed what the plan had left out (`mapped_bytes`), so it is held out no
+longer; the others set nothing.
 """
 
 import json
@@ -31,6 +35,40 @@ SIZES: dict[str, dict[str, int]] = {
 VOCABULARY = 8192
 CASES = (("dense", False, 320), ("dense", True, 128), ("scratch", False, 128), ("scratch", True, 320))
 """Residency, gradient checkpointing, tokens of a row: each value of one meets both values of the others."""
+
+HELD_OUT_SIZES: dict[str, dict[str, Any]] = {
+    "80M": {
+        "hidden_size": 640, "intermediate_size": 1760, "num_hidden_layers": 14, "num_attention_heads": 10,
+        "num_key_value_heads": 2, "vocab_size": 16384, "tie_word_embeddings": True,
+    },
+    "200M": {
+        "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "vocab_size": 32000,
+    },
+    "330M": {
+        "hidden_size": 1152, "intermediate_size": 3200, "num_hidden_layers": 20, "num_attention_heads": 18,
+        "vocab_size": 4096,
+    },
+}  # fmt: skip
+HELD_OUT: dict[str, tuple[tuple[str, bool, int, dict[str, Any]], ...]] = {
+    "80M": (
+        ("dense", False, 512, {"lora_rank": 64, "micro_batch_size": 4}),
+        ("scratch", True, 96, {"lora_rank": 4, "micro_batch_size": 8}),
+        ("bitsandbytes", False, 200, {"lora_rank": 32, "micro_batch_size": 1}),
+        ("scratch", False, 700, {"micro_batch_size": 1, "optimizer": "lion", "target_modules": ["q_proj", "v_proj"]}),
+    ),
+    "200M": (
+        ("dense", True, 224, {"lora_rank": 64, "micro_batch_size": 3}),
+        ("bitsandbytes", True, 512, {"lora_rank": 8, "micro_batch_size": 1}),
+        ("scratch", False, 80, {"lora_rank": 128}),
+    ),
+    "330M": (
+        ("dense", False, 256, {"lora_rank": 8, "micro_batch_size": 1}),
+        ("scratch", True, 448, {"lora_rank": 32, "micro_batch_size": 4}),
+        ("bitsandbytes", False, 96, {"micro_batch_size": 4, "optimizer": "lion"}),
+    ),
+}
+"""By size: residency, gradient checkpointing, tokens of a row, settings that differ from those of CASES."""
 
 STEPS = 2  # the second one has the optimizer's state beside it
 ALLOWED_ERROR = 0.1
@@ -72,24 +110,41 @@ print(json.dumps({"floor_bytes": floor, "measured_bytes": status("VmHWM") - floo
 def measure(
     sizes: Mapping[str, Mapping[str, int]] = SIZES,
     ways: Sequence[tuple[str, bool, int]] = CASES,
+    held_out: Mapping[str, Sequence[tuple[str, bool, int, Mapping[str, Any]]]] = HELD_OUT,
 ) -> dict[str, Any]:
-    """For each size and way of running (see CASES): bytes predicted and measured, and the error of the prediction."""
-    cases: list[dict[str, Any]] = []
+    """For each size and way of running (see CASES, HELD_OUT): bytes predicted and measured, and the prediction's error.
+
+    `held_out` has the same figures for its own cases, apart.
+    """
     with tempfile.TemporaryDirectory() as name:
         tiny = quantized_llama(Path(name) / "tiny", TINY)
-        for size, shape in sizes.items():
-            folder = quantized_llama(Path(name) / size, shape)
-            for way in ways:
-                cases.append({"size": size, **_case(tiny, folder, *way)})
-                sys.stderr.write(f"{cases[-1]}\n")
-    worst = max(abs(case["error"]) for case in cases)
-    return {"allocator": CPU_ALLOCATOR, "cases": cases, "worst_error": worst, "within": worst <= ALLOWED_ERROR}
+        found = _measure(Path(name), tiny, sizes, {size: [(*way, {}) for way in ways] for size in sizes})
+        apart = _measure(Path(name), tiny, HELD_OUT_SIZES, held_out) if held_out else None
+    return {"allocator": CPU_ALLOCATOR, **found, "held_out": apart}
 
 
-def _case(tiny: Path, folder: Path, residency: str, recomputed: bool, tokens: int) -> dict[str, Any]:
+def _measure(
+    folder: Path,
+    tiny: Path,
+    sizes: Mapping[str, Mapping[str, Any]],
+    ways: Mapping[str, Sequence[tuple[str, bool, int, Mapping[str, Any]]]],
+) -> dict[str, Any]:
+    cases: list[dict[str, Any]] = []
+    for size, of_size in ((size, of_size) for size, of_size in ways.items() if of_size):
+        quantized = quantized_llama(folder / size, sizes[size])
+        for way in of_size:
+            cases.append({"size": size, **_case(tiny, quantized, *way)})
+            sys.stderr.write(f"{cases[-1]}\n")
+    worst = max((abs(case["error"]) for case in cases), default=0.0)
+    return {"cases": cases, "worst_error": worst, "within": worst <= ALLOWED_ERROR}
+
+
+def _case(
+    tiny: Path, folder: Path, residency: str, recomputed: bool, tokens: int, others: Mapping[str, Any]
+) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "lora_rank": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": STEPS,
-        "optimizer": "adamw", "gradient_checkpointing": recomputed,
+        "optimizer": "adamw", "gradient_checkpointing": recomputed, **others,
     }  # fmt: skip
     work = Workload(TrainConfig(**settings), QuantizeConfig(), tokens, 8)
     parts = training_parts(read_shapes(folder), work, residency, 4, "cpu")
@@ -101,6 +156,7 @@ def _case(tiny: Path, folder: Path, residency: str, recomputed: bool, tokens: in
         "residency": residency,
         "gradient_checkpointing": recomputed,
         "sequence_tokens": tokens,
+        "settings": dict(others),
         **found,
         "predicted_bytes": parts.total_bytes,
         "error": round(parts.total_bytes / found["measured_bytes"] - 1, 4),

@@ -95,7 +95,7 @@ def dequantize_into(quantized: QuantizedTensor, out: torch.Tensor, *, threads: i
     _check_buffer(quantized, elements, out)
     if not elements:
         return out
-    scales = _scales(quantized)
+    scales = absmax_constants(quantized)
     if out.device.type != "cpu":
         return _dequantize_on_gpu(quantized, scales, out)
     codes, table = quantized.codes.numpy().reshape(-1), codebook(quantized.type).values
@@ -276,8 +276,13 @@ def _bytes_of_ranks(book: Codebook) -> np.ndarray:
     return ((book.order[:, None] << 4) | book.order[None, :]).reshape(-1)
 
 
-def _scales(quantized: QuantizedTensor) -> torch.Tensor:
-    """float32 [blocks]: the absmax constants."""
+def absmax_constants(quantized: QuantizedTensor) -> torch.Tensor:
+    """float32 [blocks]: the absmax of every block, double quantization undone.
+
+    Raises:
+        ModelError: the parts do not fit one another.
+    """
+    _check_sizes("the tensor", quantized)
     if quantized.nested_absmax is None or quantized.offset is None:
         return quantized.absmax.float()
     if quantized.absmax.device.type != "cpu":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch.nn.modules.conv import _ConvNd
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -22,12 +22,12 @@ from transformers.core_model_loading import (
     apply_renamings,
     rename_source_key,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from qlora_core.config.quantize import QuantizeConfig
 from qlora_core.errors import ModelError
 from qlora_core.quantization.audit import StorageFormat, linear_modules
+from qlora_core.quantization.auto_class import ENCODER_DECODER_TYPES, auto_class, is_supported
 from qlora_core.quantization.checkpoint import checkpoint_dtype, read_model_config
 from qlora_core.quantization.tensor_source import TensorSource
 
@@ -97,18 +97,19 @@ def draw_blueprint(source: TensorSource, config: QuantizeConfig) -> Blueprint:
 
 
 def check_architecture(source: TensorSource) -> None:
-    """Refuse a checkpoint whose `model_type` this transformers has no causal language model for; no custom code is run.
+    """Refuse a checkpoint whose `model_type` is neither a causal language model nor T5; no custom code is run.
 
     Raises:
         ModelError: with the type and the version of transformers.
     """
     config = read_model_config(source.folder)
     model_type = config["model_type"]
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not is_supported(model_type):
         custom = " It brings its own code (auto_map), which is never run." if "auto_map" in config else ""
         raise ModelError(
             f"{source.location}/config.json: model_type {model_type!r} is no causal language model of transformers "
-            f"{transformers.__version__}.{custom} Name a base that is (llama, mistral, qwen2, gemma, ...)"
+            f"{transformers.__version__}.{custom} Name a base that is (llama, mistral, qwen2, gemma, ...) or "
+            f"one of an encoder and a decoder ({', '.join(ENCODER_DECODER_TYPES)})"
         )
 
 
@@ -205,7 +206,7 @@ def _build_empty(source: TensorSource) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = auto_class(config.model_type).from_config(config, dtype=dtype)
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ImportError, OSError) as error:
         raise ModelError(
             f"{source.location}/config.json describes no model that transformers can build: {error}; fetch it again"

@@ -8,22 +8,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 from transformers.utils import logging as transformers_logging
 
 from qlora_core.errors import ModelError
+from qlora_core.quantization.auto_class import auto_class
+from qlora_core.quantization.checkpoint import read_model_config
 
 
 def load_model(folder: Path, **settings: Any) -> PreTrainedModel:
-    """The causal language model of a checkpoint folder; `settings` go to `from_pretrained`. Never touches the network.
+    """The language model of a checkpoint folder; `settings` go to `from_pretrained`. Never touches the network.
 
     Raises:
         ModelError: transformers refuses the folder, or weights that the architecture needs are not in it.
     """
     try:
         with without_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(read_model_config(folder)["model_type"]).from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **settings
             )
     except (ValueError, RuntimeError, KeyError, OSError) as error:

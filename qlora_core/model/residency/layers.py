@@ -11,7 +11,6 @@ so there its own layer is replaced by one that allocates as it does and is right
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,13 +19,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from qlora_core.errors import ModelError
+from qlora_core.model.residency.panels import product, uses_panels
 from qlora_core.model.residency.scratch import Scratch, shared_scratch
 from qlora_core.quantization.blockwise import QuantizedTensor, dequantize_into, from_bitsandbytes
 from qlora_core.quantization.dequantize import blocks_cross_rows, dequantize_exact
+from qlora_core.quantization.panels import Axis
 
 Residency = Literal["dense", "scratch", "bitsandbytes"]
 BITSANDBYTES_TYPES = ("nf4", "fp4")
-WeightIn = Callable[[], AbstractContextManager[torch.Tensor]]
 
 
 class ResidentLinear4bit(Linear4bit):
@@ -41,7 +41,7 @@ class ResidentLinear4bit(Linear4bit):
         """x: [..., in_features] in any float dtype; returns [..., out_features] in the same."""
         dtype = self.compute_dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        return _FrozenLinear.apply(x.to(dtype), bias, partial(self._weight_in, dtype)).to(x.dtype)
+        return _FrozenLinear.apply(x.to(dtype), bias, self).to(x.dtype)
 
     def prepare(self) -> None:
         """Take what memory this way needs."""
@@ -54,6 +54,16 @@ class ResidentLinear4bit(Linear4bit):
             self._weight_changed(stored)
             self._held = (weight, stored)  # last: another thread that finds it may use what was made of it
         return self._held[1]
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x W^T + bias, x [..., in_features] in the dtype it is computed in."""
+        with self._weight_in(x.dtype) as weight:
+            return linear(x, weight, bias)
+
+    def input_gradient(self, dy: torch.Tensor) -> torch.Tensor:
+        """dy W, dy [..., out_features] in the dtype of the product."""
+        with self._weight_in(dy.dtype) as weight:
+            return torch.matmul(dy, weight)
 
     def _weight_in(self, dtype: torch.dtype) -> AbstractContextManager[torch.Tensor]:
         """The weight [out_features, in_features], for products that are started within the block."""
@@ -110,7 +120,10 @@ class DenseLinear4bit(ResidentLinear4bit):
 
 
 class ScratchLinear4bit(ResidentLinear4bit):
-    """The weight is dequantized into the shared scratch for each product, forward and again backward."""
+    """The weight is dequantized into the shared scratch for each product, forward and again backward.
+
+    On a CPU it is for few rows not dequantized whole, see `residency.panels`.
+    """
 
     residency = "scratch"
     scratch: Scratch
@@ -123,6 +136,25 @@ class ScratchLinear4bit(ResidentLinear4bit):
 
     def _weight_in(self, dtype: torch.dtype) -> AbstractContextManager[torch.Tensor]:
         return self.scratch.holding(self.stored(), dtype)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As for every way, by panels of rows where that pays."""
+        found = self._by_panels(x, "rows", bias)
+        return super().product(x, bias) if found is None else found
+
+    def input_gradient(self, dy: torch.Tensor) -> torch.Tensor:
+        """As for every way, by panels of columns where that pays."""
+        found = self._by_panels(dy, "columns", None)
+        return super().input_gradient(dy) if found is None else found
+
+    def _by_panels(self, x: torch.Tensor, axis: Axis, bias: torch.Tensor | None) -> torch.Tensor | None:
+        if x.device.type != "cpu":
+            return None
+        stored = self.stored()
+        buffer = self.scratch.reserve(math.prod(stored.shape), x.device, x.dtype)
+        if not uses_panels(stored, x, axis, buffer):
+            return None
+        return product(x, stored, axis, buffer, bias)
 
 
 class BitsandbytesLinear4bit(ResidentLinear4bit):
@@ -142,13 +174,12 @@ class BitsandbytesLinear4bit(ResidentLinear4bit):
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """Asks for the weight twice, and saves neither it nor x for the backward pass."""
+    """Asks the layer for both products, and saves neither its weight nor x for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, weight_in: WeightIn) -> torch.Tensor:
-        ctx.weight_in = weight_in
-        with weight_in() as weight:
-            return linear(x, weight, bias)
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: ResidentLinear4bit) -> torch.Tensor:
+        ctx.layer = layer
+        return layer.product(x, bias)
 
     @staticmethod
     @once_differentiable  # a second derivative would need the weight once more, which is overwritten by then
@@ -157,8 +188,7 @@ class _FrozenLinear(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         dy, dx = gradients[0], None
         if ctx.needs_input_grad[0]:
-            with ctx.weight_in() as weight:
-                dx = torch.matmul(dy, weight)
+            dx = ctx.layer.input_gradient(dy)
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return dx, dbias, None
 

@@ -28,7 +28,7 @@ _MOMENTS = {"sgd": 0, "lion": 1}
 _BASE_CHANGING = ("pissa", "olora")
 # Of what comes and goes: docs/measurements.md, section Memory plan. The share on a GPU is no measurement but a reserve.
 _MARGIN = {"cpu": 0.02, "cuda": 0.1}
-_LIBRARY_BYTES = {"cpu": 24 << 20, "cuda": 64 << 20}
+_LIBRARY_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class MemoryParts:
     activations     kept for the backward pass
     logits          the most that the loss holds at once
     workspace       the most that a layer's backward pass holds for a moment, beyond the logits, which are gone by then
+    mapped          pages of the checkpoint's file from which kept weights were read and converted: on a CPU the file
+                    stays mapped, and its pages count as this process's until the system wants them back
     margin          what the allocator and the math libraries add
     """
 
@@ -77,6 +79,7 @@ class MemoryParts:
     activation_bytes: int = 0
     logits_bytes: int = 0
     workspace_bytes: int = 0
+    mapped_bytes: int = 0
     margin_bytes: int = 0
 
     @property
@@ -104,6 +107,7 @@ def training_parts(shapes: ModelShapes, work: Workload, residency: str, compute_
         activation_bytes=activations,
         logits_bytes=logits,
         workspace_bytes=max(0, backward - logits),
+        mapped_bytes=_mapped_bytes(shapes, work, compute_bytes, device),
     )
     return _with_margin(parts, device)
 
@@ -120,7 +124,8 @@ def validation_parts(
     forward = 4 * tokens * mlp_width(shapes) * compute_bytes
     forward += transient_weight_bytes(shapes, work, residency, compute_bytes)
     static = static_parts(shapes, work, residency, compute_bytes)
-    parts = replace(static, logits_bytes=logits, workspace_bytes=max(0, forward - logits))
+    mapped = _mapped_bytes(shapes, work, compute_bytes, device)
+    parts = replace(static, logits_bytes=logits, workspace_bytes=max(0, forward - logits), mapped_bytes=mapped)
     return _with_margin(parts, device)
 
 
@@ -191,6 +196,14 @@ def transient_weight_bytes(shapes: ModelShapes, work: Workload, residency: str, 
 def _backward_bytes(shapes: ModelShapes, tokens: int, compute_bytes: int) -> int:
     """What lives together where the MLP's last Linear goes back: its dropped input, its gradient, dropout's factors."""
     return tokens * mlp_width(shapes) * (2 * compute_bytes + _FLOAT32)
+
+
+def _mapped_bytes(shapes: ModelShapes, work: Workload, compute_bytes: int, device: str) -> int:
+    """Nothing on a GPU, nor where the dtypes are one: what is mapped is the weight itself then."""
+    if device != "cpu" or shapes.stored_bytes == compute_bytes:
+        return 0
+    quantized = sum(linear.parameters for linear in quantized_linears(shapes, work.quantize))
+    return (shapes.parameters - quantized) * shapes.stored_bytes
 
 
 def _with_margin(parts: MemoryParts, device: str) -> MemoryParts:

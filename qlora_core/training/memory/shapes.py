@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_core.errors import ModelError
+from qlora_core.quantization.auto_class import ENCODER_DECODER_TYPES, auto_class, is_supported
 from qlora_core.quantization.checkpoint import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -23,10 +24,14 @@ from qlora_core.quantization.checkpoint import (
 )
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
-_IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 _QUANTIZED_PART = re.compile(r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)$")
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _REPORT_FILE = "quantization.json"
+_DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+_POSITION_TABLE = "relative_attention_bias"
+"""T5's table of distances: as flat as a Linear's weight, and none."""
+
 _TRANSPOSED = ("gpt2",)
 _LEARNED_POSITIONS = ("gpt2", "opt", "gpt_neo")
 CALIBRATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt_neox", "gpt2")
@@ -55,7 +60,8 @@ class ModelShapes:
     embeddings, output head, norms, biases. `norm_widths` are the sizes of one layer's norms, as many numbers a token as
     each normalizes, `norm_vectors` how many vectors a token those are. `layer_norm`: they subtract the mean
     (LayerNorm) and are not RMSNorm. `parallel`: attention and MLP stand side by side and read the same tensor.
-    `rotary`: q and k are turned by their positions.
+    `rotary`: q and k are turned by their positions. `stored_bytes`: of a number of the weights that are not quantized,
+    as the config names their dtype; float32 where it names none.
     """
 
     model_type: str
@@ -73,6 +79,7 @@ class ModelShapes:
     layer_norm: bool
     parallel: bool
     rotary: bool
+    stored_bytes: int = 4
 
     @property
     def parameters(self) -> int:
@@ -128,7 +135,11 @@ def _from_headers(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, tu
     linears += [
         _linear(name.removesuffix(".weight"), shape, transposed=config["model_type"] in _TRANSPOSED)
         for name, shape in tensors.items()
-        if len(shape) == 2 and name.endswith(".weight") and _IN_LAYER.search(name) and name not in quantized
+        if len(shape) == 2
+        and name.endswith(".weight")
+        and _IN_LAYER.search(name)
+        and name not in quantized
+        and _POSITION_TABLE not in name
     ]
     weights = {f"{linear.name}.weight" for linear in linears}
     tied = _HEADS if config.get("tie_word_embeddings", False) else ()
@@ -143,12 +154,11 @@ def _from_headers(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, tu
 def _from_config(folder: Path, called: str) -> ModelShapes:
     """Shapes of a model on the meta device, made from the config."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers import AutoConfig
     from transformers.pytorch_utils import Conv1D
 
     model_type = read_model_config(folder)["model_type"]
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not is_supported(model_type):
         raise ModelError(
             f"{called}: model_type {model_type!r} is no causal language model of this transformers; name a base that is"
         )
@@ -157,7 +167,7 @@ def _from_config(folder: Path, called: str) -> ModelShapes:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = auto_class(model_type).from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise ModelError(
             f"no causal language model can be made from the config of {called}: {error}; name a checkpoint folder"
@@ -190,27 +200,31 @@ def _shapes(
 ) -> ModelShapes:
     text = config.get("text_config")
     config = {**config, **text} if isinstance(text, dict) else config
-    hidden = _first(config, "hidden_size", "n_embd")
-    heads = _first(config, "num_attention_heads", "n_head")
+    hidden = _first(config, "hidden_size", "n_embd", "d_model")
+    heads = _first(config, "num_attention_heads", "n_head", "num_heads")
     kv_heads = int(config.get("num_key_value_heads") or heads)
-    head_dim = int(config.get("head_dim") or hidden // heads)
+    head_dim = int(_any(config, "head_dim", "d_kv") or hidden // heads)
     norms = _first_layer_norms(kept)
     vectors = {name: _norm_vectors(name, size, head_dim, heads, kv_heads) for name, size in norms.items()}
     return ModelShapes(
         model_type=str(config["model_type"]),
-        layers=_first(config, "num_hidden_layers", "n_layer"),
+        # A layer of T5 is one of the encoder with the decoder's of the same number
+        layers=_first(config, "num_hidden_layers", "n_layer", "num_layers"),
         hidden=hidden,
         vocabulary=_first(config, "vocab_size"),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        activation=str(_any(config, "hidden_activation", "hidden_act", "activation_function") or "silu"),
+        activation=str(
+            _any(config, "hidden_activation", "hidden_act", "activation_function", "dense_act_fn") or "silu"
+        ),
         linears=tuple(linears),
         kept_parameters=sum(math.prod(shape) for shape in kept.values()),
         norm_widths=tuple(size * vectors[name] for name, size in norms.items()),
         norm_vectors=sum(vectors.values()),
         layer_norm=any(f"{name}.bias" in kept for name in norms),
-        rotary=config["model_type"] not in _LEARNED_POSITIONS,
+        rotary=config["model_type"] not in (*_LEARNED_POSITIONS, *ENCODER_DECODER_TYPES),
+        stored_bytes=_DTYPE_BYTES.get(str(_any(config, "dtype", "torch_dtype")), 4),
         parallel=bool(config.get("use_parallel_residual", config["model_type"] == "gpt_neox")),
     )
 

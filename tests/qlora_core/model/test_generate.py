@@ -14,6 +14,8 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from qlora_core.errors import ModelError
@@ -34,6 +36,12 @@ OTHER_KINDS: dict[str, Callable[[], PreTrainedModel]] = {
     "learned-positions": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=98, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.4)
     ),
+    "encoder-decoder": lambda: T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=98, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, initializer_factor=8.0,
+            tie_word_embeddings=False, decoder_start_token_id=0,
+        )
+    ),
 }  # fmt: skip
 
 
@@ -42,7 +50,11 @@ def by_hand(model: PreTrainedModel, ids: list[int], new_tokens: int) -> list[int
     continuation: list[int] = []
     with torch.inference_mode():
         for _ in range(new_tokens):
-            logits = model(torch.tensor([ids + continuation]), use_cache=False).logits
+            if model.config.is_encoder_decoder:
+                begun = torch.tensor([[0, *continuation]])
+                logits = model(torch.tensor([ids]), decoder_input_ids=begun, use_cache=False).logits
+            else:
+                logits = model(torch.tensor([ids + continuation]), use_cache=False).logits
             continuation.append(int(logits[0, -1].argmax()))
     return continuation
 

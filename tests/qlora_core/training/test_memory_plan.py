@@ -17,7 +17,14 @@ from qlora_core.errors import ModelError, TrainingError
 from qlora_core.quantization.checkpoint import read_tensors
 from qlora_core.training.adapter_config import lora_config
 from qlora_core.training.memory.activations import layer_bytes_per_token
-from qlora_core.training.memory.parts import VALIDATION_ROWS, MemoryParts, Workload, static_parts, training_parts
+from qlora_core.training.memory.parts import (
+    VALIDATION_ROWS,
+    MemoryParts,
+    Workload,
+    static_parts,
+    training_parts,
+    validation_parts,
+)
 from qlora_core.training.memory.plan import MemoryPlan, plan_memory, refuse_unfit
 from qlora_core.training.memory.shapes import CALIBRATED, LinearShape, ModelShapes, read_shapes
 from qlora_core.training.optimizer import TrialOptimizer
@@ -330,6 +337,30 @@ def test_larger_pack_takes_as_many_adapters_and_rows() -> None:
     assert three.codes_bytes == one.codes_bytes
     kept = [training_parts(made_up(), workload(TRAIN, pack_size=size), "dense", 4, "cpu") for size in (1, 3)]
     assert kept[1].activation_bytes == 3 * kept[0].activation_bytes
+
+
+@pytest.mark.parametrize(
+    ("device", "stored_bytes", "compute_bytes", "counted"),
+    [("cpu", 2, 4, True), ("cpu", 4, 4, False), ("cpu", 4, 2, True), ("cuda", 2, 4, False)],
+)
+def test_converted_weights_leave_the_pages_they_were_read_from(
+    device: str, stored_bytes: int, compute_bytes: int, counted: bool
+) -> None:
+    shapes = replace(made_up(), stored_bytes=stored_bytes)
+    parts = [
+        account(shapes, workload(TRAIN), "scratch", compute_bytes, device)
+        for account in (training_parts, validation_parts)
+    ]
+    # The made-up model's embeddings alone: all of its Linears are quantized
+    expected = shapes.kept_parameters * stored_bytes if counted else 0
+    assert [part.mapped_bytes for part in parts] == [expected, expected]
+
+
+def test_the_config_names_the_dtype_of_what_is_kept(nf4_folder: Path, tmp_path: Path) -> None:
+    config = json.loads((nf4_folder / "config.json").read_text())
+    for dtype, size in (("bfloat16", 2), ("float32", 4), (None, 4)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": dtype, "torch_dtype": None}))
+        assert read_shapes(tmp_path).stored_bytes == size
 
 
 def test_total_is_the_sum_of_the_parts() -> None:
