@@ -21,8 +21,8 @@ from qlora_core.data.row import Row
 from qlora_core.data.tags.cache import FolderShelf, TagCache
 
 BASE = DATA.parent / "models" / "stories260K-hf"
-WAYS = {"default taggers": (12_000, {}), "with model scores": (2_000, {"tags": {"model_scores": True}})}
-ROUNDS = 2
+WAYS = {"default taggers": (6_000, {}), "with model scores": (400, {"tags": {"model_scores": True}})}
+ROUNDS = 1
 WINDOW = 512
 
 

@@ -24,9 +24,9 @@ from qlora_core.data.tags.table import TagTable
 from qlora_core.data.tags.tagger import Tagger
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "sft"
-ROWS = 12_000
+ROWS = 6_000
 NEW_SHARE = 0.05
-ROUNDS = 3
+ROUNDS = 2
 COSTED_ROWS = 2_000
 _FILES = ("dolly_3k.json", "dolly_hhrlhf_small.jsonl", "gsm8k_train.jsonl", "lf_v1_sft_demo.jsonl")
 

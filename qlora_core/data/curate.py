@@ -21,9 +21,11 @@ from qlora_core.data.curation_summary import summarize
 from qlora_core.data.decontamination.eval_sets import read_eval_sets
 from qlora_core.data.decontamination.match import decontaminate
 from qlora_core.data.deduplicate import drop_duplicates
+from qlora_core.data.encodings import Encoder
 from qlora_core.data.leak_gate import check_no_leaks
 from qlora_core.data.ledger import Dropped, make_funnel
 from qlora_core.data.loss_mask import encode_proven
+from qlora_core.data.memory import arrow_on_system_memory
 from qlora_core.data.near_duplicates.find import drop_near_duplicates
 from qlora_core.data.packing import sequence_tokens
 from qlora_core.data.placement import place_rows, read_earlier
@@ -58,6 +60,7 @@ BATCH_ROWS = 512
 MAX_UNPROVEN_AT_FIRST = 0.5
 
 
+@arrow_on_system_memory()
 def curate(
     config: DataConfig,
     sources: Sequence[Path],
@@ -112,7 +115,7 @@ def curate(
     selection = _select(remaining, sides, limit, config)
 
     found = Curated(readings, remaining, placement, sides, redactor, contamination, near, selection, limit)
-    return _write(out, found, chat, config)
+    return _write(out, found, Encoder(chat, tokenizer_folder, tag_cache), config)
 
 
 def _check_settings(config: DataConfig, taggers: Sequence[Tagger], limit: int) -> None:
@@ -231,22 +234,22 @@ def _select(remaining: Remaining, sides: dict[str, np.ndarray], limit: int, conf
     return selection
 
 
-def _write(out: Path, found: Curated, chat: ChatTokenizer, config: DataConfig) -> dict[str, Any]:
+def _write(out: Path, found: Curated, encoder: Encoder, config: DataConfig) -> dict[str, Any]:
     kept_sources = [row.source for side in SIDES for row in found.remaining.rows.select(found.sides[side])]
     funnel = make_funnel(found.readings, kept_sources, found.remaining.dropped)
     logger.info("curation funnel:\n%s", funnel.table())
     _check_sides(found.sides, funnel.table(), found.limit)
     out.mkdir(parents=True, exist_ok=True)
-    written = write_sides(out, found.remaining, found.sides, chat, found.limit, config)
+    written = write_sides(out, found.remaining, found.sides, encoder, found.limit, config)
     packing = write_packed(out, written["train"], found.limit, config.packing)
     write_dropped(out / "dropped.parquet", found.remaining.dropped)
     quarantined = [entry for reading in found.readings for entry in reading.quarantined]
     write_quarantine(out / "quarantine.parquet", quarantined)
-    chat.tokenizer.save_pretrained(str(out / "tokenizer"))
+    encoder.chat.tokenizer.save_pretrained(str(out / "tokenizer"))
     # The gate reads the written rows anew; two copies of the texts would be the peak of the whole stage
     found.remaining.forget_rows()
     check_no_leaks(out, lambda stored: _clusters(stored, found, config))
-    curation = summarize(found, funnel, written, packing, chat, config)
+    curation = summarize(found, funnel, written, packing, encoder.chat, config)
     (out / "card.md").write_text(make_card(curation, config.model_dump(mode="json")), encoding="utf-8")
     (out / "curation.json").write_bytes(canonical_json(curation))
     return curation

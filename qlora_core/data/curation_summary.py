@@ -18,7 +18,7 @@ from qlora_core.data.ledger import Funnel
 from qlora_core.data.split import SIDES
 from qlora_core.data.tags.personal_data import Recogniser
 from qlora_core.data.tags.table import TagTable
-from qlora_core.data.token_files import WrittenSide
+from qlora_core.data.token_files import WrittenSide, show_samples
 
 SHOWN_HITS = 50
 SHOWN_VALUES = 10
@@ -42,7 +42,7 @@ def summarize(
     return {
         "config": config.model_dump(mode="json", exclude={"sources", "chat_template"}),
         "rows": dict(funnel.rows),
-        "splits": {side: len(written[side].ids) for side in SIDES},
+        "splits": {side: len(written[side].lengths) for side in SIDES},
         "by_source": _by_source(found, funnel, sides),
         "reasons": dict(funnel.reasons),
         "quarantine_reasons": dict(funnel.quarantine_reasons),
@@ -69,7 +69,7 @@ def summarize(
         },
         "packing": packing,
         "selection": _selection(found, config),
-        "samples": written["train"].samples,
+        "samples": show_samples(chat, written["train"].samples, config),
     }
 
 

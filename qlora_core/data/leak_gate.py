@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from qlora_core.data.dataset import StoredConversation, read_conversations
+from qlora_core.data.memory import return_memory
 from qlora_core.data.relations import Kind, Relations, RelationsBuilder, user_turns
 from qlora_core.data.row import Row
 from qlora_core.data.row_store import RowStore
@@ -40,6 +41,7 @@ def check_no_leaks(folder: Path, cluster_rows: ClusterRows | None = None) -> Non
     occurs twice.
     """
     relations, side = _read_relations(folder)
+    return_memory()
     if cluster_rows is not None:
         relations = relations.with_clusters(np.asarray(cluster_rows(_written_rows(folder))))
     leaking = _leaking_entries(relations, side)

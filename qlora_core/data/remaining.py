@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from qlora_core.data.ledger import Dropped
+from qlora_core.data.memory import return_memory
 from qlora_core.data.row import Row
 from qlora_core.data.row_store import RowStore, RowView
 from qlora_core.data.tags.table import TagTable
@@ -39,6 +40,7 @@ class Remaining:
         """Let go of the rows' texts once they are written; tags and the ledger stay."""
         self._store = RowStore()
         self.rows = self._store.select(np.empty(0, np.int64))
+        return_memory()
 
     def numbers(self, name: str) -> np.ndarray:
         """A numeric tag of all rows, float64; NaN where a row has none."""

@@ -155,6 +155,10 @@ class RowView(Sequence[Row]):
         self._store = store
         self._positions = positions
 
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A field of the rows as `RowStore.column` gives it, in the view's order."""
+        return self._store.column(name).take(pa.array(self._positions))
+
     @property
     def positions(self) -> np.ndarray:
         """Where the rows are in the store, int64."""

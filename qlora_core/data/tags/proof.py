@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,9 +30,13 @@ class ProofTagger:
 
     def __init__(self, chat: ChatTokenizer, folder: Path) -> None:
         self._chat = chat
-        settings = {"tokenizer": digest_files(tokenizer_files(folder)), "template": chat.tokenizer.chat_template}
-        self.fingerprint = fingerprint_of(self.name, PROOF_VERSION, PROOF_SCHEMA, settings)
+        self.fingerprint = fingerprint_of(self.name, PROOF_VERSION, PROOF_SCHEMA, tokenizer_settings(chat, folder))
 
     def tag(self, rows: Sequence[Row]) -> Tagged:
         """Render, tokenize and decode every row."""
         return Tagged(prove_rows(self._chat, rows), np.zeros(len(rows), dtype=bool))
+
+
+def tokenizer_settings(chat: ChatTokenizer, folder: Path) -> dict[str, Any]:
+    """What decides how a row is rendered and encoded by the tokenizer in `folder`, for a fingerprint."""
+    return {"tokenizer": digest_files(tokenizer_files(folder)), "template": chat.tokenizer.chat_template}
