@@ -9,8 +9,10 @@ from pathlib import Path
 
 from benchmarks import (
     adapter_merge,
+    adapter_serving,
     curate_incremental,
     curate_scale,
+    gate_simulation,
     gpu,
     memory_plan,
     multi_adapter,
@@ -23,6 +25,7 @@ from benchmarks import (
     ratings_schedule,
     residency,
     store_transfer,
+    sweep_makespan,
     sweep_overhead,
     sweep_simulation,
     tag_cache,
@@ -59,8 +62,11 @@ ALL = (
     ratings_judge,
     ratings_schedule,
     adapter_merge,
+    adapter_serving,
+    sweep_makespan,
     sweep_overhead,
     sweep_simulation,
+    gate_simulation,
 )
 ON_REQUEST = (gpu,)
 """Run only when named: they need what not every machine has."""

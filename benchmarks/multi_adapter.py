@@ -44,8 +44,8 @@ def measure() -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder, torch.compiler.set_stance("force_eager"):
         quantized = Path(folder) / "nf4"
-        _write_base(Path(folder) / "base", quantized)
-        adapters = [_write_adapter(quantized, Path(folder), number) for number in range(ADAPTERS)]
+        write_base(Path(folder) / "base", quantized)
+        adapters = [write_adapter(quantized, Path(folder), number) for number in range(ADAPTERS)]
         figures = {residency: _race(quantized, adapters, residency) for residency in RESIDENCIES}
     return {
         "package_peft": version("peft"),
@@ -137,7 +137,8 @@ def _load_stock(quantized: Path, adapters: list[NamedAdapter], residency: str) -
     return model.eval()
 
 
-def _write_base(plain: Path, quantized: Path) -> None:
+def write_base(plain: Path, quantized: Path) -> None:
+    """A random Llama of 3 layers, 768 wide, and its NF4 checkpoint."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=300,
@@ -153,7 +154,8 @@ def _write_base(plain: Path, quantized: Path) -> None:
     quantize_checkpoint(plain, quantized, QuantizeConfig())
 
 
-def _write_adapter(quantized: Path, folder: Path, number: int) -> NamedAdapter:
+def write_adapter(quantized: Path, folder: Path, number: int) -> NamedAdapter:
+    """A random adapter of it; ranks differ from number to number."""
     torch.manual_seed(number)
     rank = RANKS[number % len(RANKS)]
     settings = LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -11,6 +11,9 @@
     ├── EvaluationError  (ValueError)    verdict and label files, statistics that have no answer
     ├── JudgeError       (RuntimeError)  the judge's endpoint, its answers, its budget
     │   └── JudgeUnavailableError        it may answer later
+    ├── ServingError     (RuntimeError)  the endpoint that answers with adapters, in serving or in asking it
+    │   ├── QueueFullError               as many requests wait as may
+    │   └── EngineStoppedError           nobody answers any more
     ├── StoreError       (OSError)       the artifact store cannot be read or written
     │   ├── CorruptArtifactError         bytes that do not match their manifest
     │   ├── LeaseLostError               another producer took over what this one was building
@@ -73,6 +76,20 @@ class JudgeUnavailableError(JudgeError):
     """The judge's endpoint is away, overloaded or out of quota."""
 
     passing = True
+
+
+class ServingError(QloraError, RuntimeError):
+    """The endpoint cannot be reached, or refuses what was asked."""
+
+
+class QueueFullError(ServingError):
+    """As many requests wait for an answer as may."""
+
+    passing = True
+
+
+class EngineStoppedError(ServingError):
+    """The engine has ended, or is about to."""
 
 
 class StoreError(QloraError, OSError):

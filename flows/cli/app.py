@@ -6,7 +6,21 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from flows.cli import adapter_folders, adapters, benchmark, champions, checks, gate, judge, models, ratings, stages, store, vote
+from flows.cli import (
+    adapter_folders,
+    adapters,
+    benchmark,
+    champions,
+    checks,
+    gate,
+    judge,
+    models,
+    ratings,
+    serve,
+    stages,
+    store,
+    vote,
+)
 
 app = typer.Typer(
     name="qlora",
@@ -36,6 +50,8 @@ app.command()(champions.rollback)
 app.command()(gate.history)
 app.command()(adapters.compose)
 app.command()(adapters.merge)
+app.command()(serve.serve)
+app.command()(serve.chat)
 app.add_typer(adapter_folders.app, name="adapter")
 app.add_typer(store.app, name="store")
 app.add_typer(judge.app, name="judge")

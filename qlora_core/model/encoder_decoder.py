@@ -46,6 +46,15 @@ def answer_start(row: MaskedTokens) -> int:
     return start
 
 
+def answer_start_id(model: Any) -> int | None:
+    """The token that a decoder is begun with; None for models without an encoder, which go on with the prompt.
+
+    Raises:
+        ModelError: the config of an encoder-decoder model does not say how an answer begins.
+    """
+    return _start_id(model) if is_encoder_decoder(model) else None
+
+
 def start_of_answer(model: Any) -> dict[str, Any]:
     """What a forward pass of one prompt needs beside it to give the logits of the answer's first token; often nothing.
 

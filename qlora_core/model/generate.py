@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qlora_core.errors import ModelError
 from qlora_core.model.adapter_set import AdapterSet, adapters_of_rows, rows_of
+from qlora_core.model.encoder_decoder import answer_start_id
 from qlora_core.model.greedy import continue_greedily
 from qlora_core.model.loss import batches_by_length, max_positions_of
 from qlora_core.progress import progress_bar
@@ -119,7 +120,11 @@ def _greedy(model: PreTrainedModel, stop_token_id: int) -> Iterator[None]:
     own = model.generation_config
     was_training = model.training
     model.generation_config = GenerationConfig(
-        do_sample=False, num_beams=1, eos_token_id=stop_token_id, pad_token_id=_PADDING_ID
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=stop_token_id,
+        pad_token_id=_PADDING_ID,
+        decoder_start_token_id=answer_start_id(model),
     )
     model.eval()
     try:

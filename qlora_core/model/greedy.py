@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
-_ROW_INPUTS = ("attention_mask", "position_ids", "token_type_ids")
+_ROW_INPUTS = ("attention_mask", "decoder_attention_mask", "position_ids", "token_type_ids")
 
 
 def continue_greedily(
@@ -61,7 +61,9 @@ def _decode(
             ids_bt, next_sequence_length=1 if step else None, is_first_iteration=step == 0, **inputs
         )
         outputs = model(**prepared, return_dict=True)
-        inputs = model._update_model_kwargs_for_generation(outputs, inputs)
+        inputs = model._update_model_kwargs_for_generation(
+            outputs, inputs, is_encoder_decoder=model.config.is_encoder_decoder
+        )
         next_b = outputs.logits[:, -1].argmax(dim=-1)
         tokens = next_b.tolist()
         going = [row for row, token in enumerate(tokens) if token != stop_token_id]
@@ -84,3 +86,5 @@ def _keep_rows(inputs: dict[str, Any], kept_b: Any) -> None:
             value.reorder_cache(kept_b)  # it selects: fewer places than rows are as good as a permutation
         elif name in _ROW_INPUTS and value is not None:
             inputs[name] = value.index_select(-2, kept_b)  # rows are last but one, also where positions have 3 axes
+        elif name == "encoder_outputs":  # what an encoder made of the prompts: one tensor that counts, rows first
+            inputs[name] = type(value)(last_hidden_state=value.last_hidden_state.index_select(0, kept_b))

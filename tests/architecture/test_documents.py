@@ -34,9 +34,10 @@ STORE_COMMANDS = [
 def test_commands_are_those_promised() -> None:
     assert sorted(DESCRIBED) == [
         *(f"adapter {name}" for name in ("bisect", "diff", "export", "inspect")),
-        "agreement", "compose", "curate", "doctor", "evaluate", "gate", "history", "init", "judge certify", "merge",
+        "agreement", "benchmark", "chat", "compose", "curate", "doctor", "evaluate", "gate", "history", "init",
+        "judge certify", "merge",
         "perplexity", "plan", "promote", "quantize", "rollback",
-        "run", *(f"store {name}" for name in STORE_COMMANDS), "sweep", "tournament",
+        "run", "serve", *(f"store {name}" for name in STORE_COMMANDS), "sweep", "tournament",
         "vote export", "vote import", "vote serve",
     ]  # fmt: skip
 
