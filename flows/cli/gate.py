@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.adapters import NOT_PROMOTED
+from flows.cli.champions import NOT_PROMOTED
 from flows.cli.reporting import JsonOption, Report, SetOption, reporting
 from flows.cli.stages import ConfigArgument
 from qlora_core.errors import ConfigError
@@ -36,7 +36,8 @@ def gate(
 ) -> None:
     """Decide again from recorded evidence, without a model, a judge or the registry. Exit code 3: not PROMOTE.
 
-    `qlora gate explain` says of every check what it found, and how small a gain the evidence could have shown.
+    Both say how small a gain evidence like this could have shown; `qlora gate explain` lists every check with what it
+    found, and the digests the evidence is bound to.
 
     Examples:
 
@@ -66,6 +67,7 @@ def gate(
         else:
             for reason in decision.reasons:
                 report.say(f"  {reason}")
+        report.data |= _detectable(found, wanted)
         report.exit_code = 0 if decision.verdict == "PROMOTE" else NOT_PROMOTED
 
 
@@ -87,7 +89,8 @@ def history(config: ConfigArgument, overrides: SetOption = None, json: JsonOptio
         for move in found["moves"]:
             state = "" if move["state"] == "done" else f" [{move['state']}]"
             way = f"{move['action']} {move['previous'] or 'none'} -> {move['version']}{state}"
-            report.say(f"  {move['at']}  {way}: {move['reason']}")
+            by = f" by {move['by']}" if move["by"] else ""
+            report.say(f"  {move['at']}  {way}{by}: {move['reason']}")
 
 
 def _words(words: list[str]) -> tuple[bool, Path]:
@@ -115,23 +118,29 @@ def _read_policy(path: Path) -> "GateConfig":
 
 
 def _explain(report: Report, evidence: Mapping[str, Any], policy: "GateConfig | None") -> None:
-    from qlora_core.config.gate import GateConfig
-    from qlora_core.registry.gate import check, detectable_gain
+    from qlora_core.registry.evidence import policy_of
+    from qlora_core.registry.gate import check
 
-    used = policy or GateConfig.model_validate(evidence["policy"])
-    findings = check(evidence["evaluation"], evidence["champion"], used)
-    report.data["checks"] = [{"verdict": found.verdict, "sentence": found.sentence} for found in findings]
-    for found in findings:
-        report.say(f"  {found.verdict:<8}{found.sentence}")
-    rival = evidence["champion"] or {}
-    heldout = rival.get("heldout") or evidence["evaluation"].get("metrics", {}).get("heldout") or {}
-    try:
-        least = detectable_gain(heldout)
-    except ValueError:
-        report.data["detectable_gain"] = None
-        return
-    report.data["detectable_gain"] = least
-    report.say(
-        f"  {heldout['rows']} rows with this scatter show a true gain of {least:.4f} nats per token in 8 of 10 tries."
-    )
+    findings = check(evidence["evaluation"], evidence["champion"], policy or policy_of(evidence))
+    report.data["checks"] = [
+        {"check": found.check, "verdict": found.verdict, "sentence": found.sentence} for found in findings
+    ]
+    for name in dict.fromkeys(found.check for found in findings):
+        report.say(f"  {name}")
+        for found in findings:
+            if found.check == name:
+                report.say(f"    {found.verdict:<8}{found.sentence}")
+    report.data["digests"] = evidence.get("digests")
+    for part, digest in (evidence.get("digests") or {}).items():
+        report.say(f"  {part:<11}{digest or 'none'}")
     report.say("  The gravest check decides: INVALID, REJECT, HOLD, then PROMOTE.")
+
+
+def _detectable(evidence: Mapping[str, Any], policy: "GateConfig | None") -> dict[str, Any]:
+    """How small a true gain evidence of this size and scatter shows in 8 of 10 tries, and in which metric."""
+    from qlora_core.registry.evidence import policy_of
+    from qlora_core.registry.gate import minimum_detectable_gain
+
+    used = policy or policy_of(evidence)
+    least = minimum_detectable_gain(evidence["evaluation"], evidence["champion"], used)
+    return {"detectable_gain": least, "primary_metric": used.primary.metric}

@@ -16,12 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qlora_core.config.evaluate import EvaluateConfig
-from qlora_core.data.dataset import PromptRow, read_prompts
-from qlora_core.digest import digest_files
+from qlora_core.data.dataset import PromptRow, TokenRow, read_labels, read_prompts
+from qlora_core.digest import digest_json
 from qlora_core.errors import EvaluationError, JudgeUnavailableError
+from qlora_core.evaluation.adapter_facts import adapter_facts, folder_digest
 from qlora_core.evaluation.adapter_scores import SPLIT, AdapterScorer, heldout_rows, open_scorer
+from qlora_core.evaluation.behaviour import measure_behaviour
+from qlora_core.evaluation.candidates import Scored, record_candidates
 from qlora_core.evaluation.exact_match import compare_matches, matches
 from qlora_core.evaluation.heldout import RowLoss, compare_losses
+from qlora_core.evaluation.human_votes import human_scores
+from qlora_core.evaluation.item_table import Answered, item_table, judge_scores
 from qlora_core.evaluation.judge_cache import VerdictCache
 from qlora_core.evaluation.judge_client import resolve_kind
 from qlora_core.evaluation.judge_offline import LogProbJudge
@@ -39,7 +44,6 @@ MAX_LOST_SHARE = 0.1  # a few lost verdicts are counted and told; more are an ou
 BASE = "base"
 ADAPTER = "adapter"
 REFERENCE = "reference"
-LINEAGE = ("data_digest", "quantized_base_digest", "adapter_digest")
 
 
 def evaluate_adapter(
@@ -54,8 +58,13 @@ def evaluate_adapter(
     verdict_cache: VerdictCache | None = None,
     lineage: Mapping[str, str] | None = None,
     environment: Mapping[str, str] | None = None,
+    candidates: Sequence[NamedAdapter] = (),
 ) -> dict[str, Any]:
     """Evaluate the adapter and fill `out`: rows.parquet, answers.jsonl, verdicts.jsonl, ratings.json, evaluation.json.
+
+    `candidates` are a sweep's, by trial, best first, so that the first one is the adapter itself. All are scored over
+    one loaded base and answer a batch of prompts in one pass; see `record_candidates` for what is kept of them. The
+    judge is asked about the adapter alone.
 
     `lineage` gives data_digest and quantized_base_digest to record (null where absent), and adapter_digest (else the
     digest of the adapter folder's files). `environment` holds the judge's key and address (None: the process's own).
@@ -70,29 +79,39 @@ def evaluate_adapter(
     prompts = read_prompts(curated_folder, SPLIT, config.max_prompts) if config.max_prompts else []
     kind = resolve_kind(config.judge, environment) if prompts else "none"
     out.mkdir(parents=True, exist_ok=True)
-    named = [NamedAdapter(ADAPTER, adapter_folder)]
+    named = [NamedAdapter(ADAPTER, adapter_folder), *candidates[1:]]
     with (
         _open_endpoint(config, kind, environment, verdict_cache) as endpoint,
         open_scorer(config, quantized_folder, named, curated_folder, precision, residency) as scorer,
     ):
-        losses = {BASE: scorer.losses(rows, None), ADAPTER: scorer.losses(rows, ADAPTER)}
-        by_base, by_adapter = scorer.answers(prompts, (None, ADAPTER))
-        answers = {BASE: by_base, ADAPTER: by_adapter}
+        systems = {BASE: None} | {name: name for name, _ in named}
+        losses = {name: scorer.losses(rows, system) for name, system in systems.items()}
+        answers = dict(zip(systems, scorer.answers(prompts, list(systems.values())), strict=True))
         verdicts = _judge(scorer, endpoint, kind, prompts, answers)
         _check_outage(verdicts)
-    metrics = {
-        "heldout": _compare_losses(config, losses[BASE], losses[ADAPTER]),
-        "exact_match": _compare_answers(config, prompts, answers[BASE], answers[ADAPTER]),
-        "judge": _judge_metrics(config, endpoint, kind, verdicts) if kind != "none" else None,
-    }
+        behaviour = measure_behaviour(config, scorer, prompts, None, ADAPTER)
+    pair = losses[BASE], losses[ADAPTER]
     _write_row_losses(out / "rows.parquet", losses)
     _write_answers(out / "answers.jsonl", config, prompts, answers)
     write_verdicts(out / "verdicts.jsonl", verdicts)
     ratings = _rate(config, verdicts)
     _write_json(out / "ratings.json", ratings)
-    known = {"adapter_digest": _folder_digest(adapter_folder), **(lineage or {})}
-    digests = {name: known.get(name) for name in LINEAGE}
-    evaluation = {"metrics": metrics, "ratings": ratings.get("ratings", {}), **digests}
+    evaluation = {
+        "metrics": _metrics(config, prompts, pair, answers, _judge_metrics(config, endpoint, kind, verdicts)),
+        "ratings": ratings.get("ratings", {}),
+        **adapter_facts(config, adapter_folder, lineage or {}),
+        "prompts_digest": digest_json([[row.id, question_text(row.messages)] for row in prompts]),
+        "behaviour": behaviour,
+        "items": _items(config, curated_folder, prompts, pair, answers, verdicts),
+        "candidates": record_candidates(
+            out,
+            config,
+            read_labels(curated_folder, SPLIT),
+            prompts,
+            [Scored(losses[system], answers[system]) for system in systems],
+            [(trial, folder_digest(folder)) for trial, folder in candidates],
+        ),
+    }
     _write_json(out / "evaluation.json", evaluation)
     return evaluation
 
@@ -106,30 +125,57 @@ def compare_adapters(
     curated_folder: Path,
     precision: str = "auto",
     residency: Mapping[str, Any] | None = None,
+    adapter_folder: Path | None = None,
+    judged: bool = False,
+    verdict_cache: VerdictCache | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """An evaluated adapter beside a reference adapter (a champion) on the same base, test rows and prompts.
 
     The evaluated one's losses and answers are read from its `evaluation_folder`; the reference is run here. Gives
-    `heldout` and `exact_match` as in evaluation.json, the reference in the place of the base: a positive gain means
-    that the evaluated adapter is better. Raises EvaluationError where the evaluation is of other rows or prompts.
+    `heldout`, `exact_match`, `items` and, with `judged`, `judge` as in evaluation.json, the reference in the place of
+    the base: a positive gain means that the evaluated adapter is better. `behaviour` needs both adapters at once, so it
+    is null without `adapter_folder`, the evaluated one. Raises EvaluationError where the evaluation is of other rows or
+    prompts, and what `evaluate_adapter` raises for a judge.
     """
+    environment = os.environ if environment is None else environment
     rows = heldout_rows(config, curated_folder)
-    recorded = read_row_losses(evaluation_folder, ADAPTER)
     prompts = read_prompts(curated_folder, SPLIT, config.max_prompts) if config.max_prompts else []
-    answers = _read_answers(evaluation_folder / "answers.jsonl", ADAPTER)
-    if [row.id for row in rows] != [row.id for row in recorded] or [row.id for row in prompts] != list(answers):
-        raise EvaluationError(
-            f"{evaluation_folder} evaluates {len(recorded)} rows and {len(answers)} prompts, the data gives others "
-            f"({len(rows)} and {len(prompts)}); evaluate again with the same data and evaluate section"
-        )
+    recorded, by_adapter = _recorded(evaluation_folder, rows, prompts)
     named = [NamedAdapter(REFERENCE, reference_folder)]
-    with open_scorer(config, quantized_folder, named, curated_folder, precision, residency) as scorer:
+    named += [NamedAdapter(ADAPTER, adapter_folder)] if adapter_folder is not None else []
+    kind = resolve_kind(config.judge, environment) if judged and prompts else "none"
+    with (
+        _open_endpoint(config, kind, environment, verdict_cache) as endpoint,
+        open_scorer(config, quantized_folder, named, curated_folder, precision, residency) as scorer,
+    ):
         losses = scorer.losses(rows, REFERENCE)
         (by_reference,) = scorer.answers(prompts, (REFERENCE,))
+        both = {BASE: by_reference, ADAPTER: by_adapter}
+        verdicts = _judge(scorer, endpoint, kind, prompts, both)
+        _check_outage(verdicts)
+        watched = adapter_folder is not None
+        behaviour = measure_behaviour(config, scorer, prompts, REFERENCE, ADAPTER) if watched else None
+    judge = _judge_metrics(config, endpoint, kind, verdicts)
     return {
-        "heldout": _compare_losses(config, losses, recorded),
-        "exact_match": _compare_answers(config, prompts, by_reference, list(answers.values())),
+        **_metrics(config, prompts, (losses, recorded), both, judge),
+        "behaviour": behaviour,
+        "items": _items(config, curated_folder, prompts, (losses, recorded), both, verdicts),
     }
+
+
+def _recorded(
+    evaluation_folder: Path, rows: Sequence[TokenRow], prompts: Sequence[PromptRow]
+) -> tuple[list[RowLoss], list[str]]:
+    """The losses and answers of the adapter that an evaluation recorded, which must be of these rows and prompts."""
+    losses = read_row_losses(evaluation_folder, ADAPTER)
+    answers = _read_answers(evaluation_folder / "answers.jsonl", ADAPTER)
+    if [row.id for row in rows] != [row.id for row in losses] or [row.id for row in prompts] != list(answers):
+        raise EvaluationError(
+            f"{evaluation_folder} evaluates {len(losses)} rows and {len(answers)} prompts, the data gives others "
+            f"({len(rows)} and {len(prompts)}); evaluate again with the same data and evaluate section"
+        )
+    return losses, list(answers.values())
 
 
 def read_row_losses(evaluation_folder: Path, model: Literal["base", "adapter"]) -> list[RowLoss]:
@@ -169,6 +215,20 @@ def _rate(config: EvaluateConfig, verdicts: Sequence[Verdict]) -> dict[str, Any]
     return rate(verdicts, seed=config.seed, confidence=config.confidence)
 
 
+def _metrics(
+    config: EvaluateConfig,
+    prompts: Sequence[PromptRow],
+    losses: tuple[Sequence[RowLoss], Sequence[RowLoss]],
+    answers: Mapping[str, Sequence[str]],
+    judge: dict[str, Any] | None,
+) -> dict[str, Any]:
+    return {
+        "heldout": _compare_losses(config, *losses),
+        "exact_match": _compare_answers(config, prompts, answers[BASE], answers[ADAPTER]),
+        "judge": judge,
+    }
+
+
 def _compare_losses(config: EvaluateConfig, before: Sequence[RowLoss], after: Sequence[RowLoss]) -> dict[str, Any]:
     return compare_losses(before, after, confidence=config.confidence, resamples=config.resamples, seed=config.seed)
 
@@ -182,6 +242,29 @@ def _compare_answers(
         confidence=config.confidence,
         resamples=config.resamples,
         seed=config.seed,
+    )
+
+
+def _items(
+    config: EvaluateConfig,
+    curated_folder: Path,
+    prompts: Sequence[PromptRow],
+    losses: tuple[Sequence[RowLoss], Sequence[RowLoss]],
+    answers: Mapping[str, Sequence[str]],
+    verdicts: Sequence[Verdict],
+) -> dict[str, Any]:
+    """The per-item table of the adapter beside what stands in the base's place."""
+    before, after = (Answered(answers[side], _hits(config, prompts, answers[side])) for side in (BASE, ADAPTER))
+    ids = [row.id for row in prompts]
+    votes = None if config.votes is None else human_scores(Path(config.votes), ids, before.answers, after.answers)
+    return item_table(
+        losses=losses,
+        labels=read_labels(curated_folder, SPLIT),
+        prompts=prompts,
+        questions=[question_text(row.messages) for row in prompts],
+        answered=(before, after),
+        judge=judge_scores(verdicts, ADAPTER),
+        human=votes,
     )
 
 
@@ -226,7 +309,9 @@ def _check_outage(verdicts: Sequence[Verdict]) -> None:
 
 def _judge_metrics(
     config: EvaluateConfig, endpoint: OpenAIJudge | None, kind: str, verdicts: Sequence[Verdict]
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
+    if kind == "none":
+        return None
     summary = summarise_verdicts(
         verdicts, ADAPTER, confidence=config.confidence, resamples=config.resamples, seed=config.seed
     )
@@ -237,7 +322,21 @@ def _judge_metrics(
         "model": config.judge.model if endpoint is not None else "the quantized base",
         "certified": endpoint.certified if endpoint is not None else LogProbJudge.certified,
         **summary,
+        **_judge_identity(endpoint),
         "cost_usd": endpoint.cost_usd if endpoint is not None else 0.0,
+    }
+
+
+def _judge_identity(endpoint: OpenAIJudge | None) -> dict[str, Any]:
+    """What the judge was when it decided, and of which judge its certificate is; null for the offline judge."""
+    if endpoint is None:
+        return {"fingerprint": None, "snapshot": None, "certificate": None}
+    given = endpoint.certificate
+    kept = {"fingerprint", "snapshot", "gold_digest", "passed", "created"}
+    return {
+        "fingerprint": endpoint.fingerprint,
+        "snapshot": endpoint.snapshot,
+        "certificate": None if given is None else given.model_dump(mode="json", include=kept),
     }
 
 
@@ -273,10 +372,6 @@ def _read_answers(path: Path, model: str) -> dict[str, str]:
         return {row["prompt_id"]: row[model] for row in rows}
     except (OSError, ValueError, KeyError) as error:
         raise EvaluationError(f"{path} cannot be read ({error}); evaluate again") from error
-
-
-def _folder_digest(folder: Path) -> str:
-    return digest_files({path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()})
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -7,8 +7,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from qlora_core.adapters.adapter_folder import adapter_digest
 from qlora_core.config.data import DataConfig
 from qlora_core.config.evaluate import EvaluateConfig
+from qlora_core.config.gate import GateConfig
 from qlora_core.config.quantize import QuantizeConfig
 from qlora_core.data.curate import curate
 from qlora_core.data.dataset import read_split
@@ -16,8 +18,12 @@ from qlora_core.errors import EvaluationError, JudgeError, JudgeUnavailableError
 from qlora_core.evaluation.evaluate import compare_adapters, evaluate_adapter, question_text, read_row_losses
 from qlora_core.evaluation.judge_cache import VerdictCache
 from qlora_core.evaluation.verdict import read_verdicts
+from qlora_core.evaluation.vote.ballots import BallotBox
+from qlora_core.evaluation.vote.pairs import read_pairs
 from qlora_core.model.base import load_quantized
+from qlora_core.model.perplexity import score_text_file
 from qlora_core.quantization.quantize import quantize_checkpoint
+from qlora_core.registry.gate import check
 
 if TYPE_CHECKING:
     from conftest import JudgeServer
@@ -209,6 +215,140 @@ def test_compare_adapters_other_rows_are_refused(inputs: Inputs, tmp_path: Path)
             evaluation_folder=tmp_path,
             curated_folder=inputs.curated,
         )
+
+
+def test_item_table_gives_the_recorded_figures_again(inputs: Inputs, tmp_path: Path) -> None:
+    result = _evaluate(inputs, _config(), tmp_path, environment={})
+    rows, prompts = result["items"]["rows"], result["items"]["prompts"]
+    assert rows["id"] == [row.id for row in read_row_losses(tmp_path, "base")]
+    gain = (sum(rows["before"]) - sum(rows["after"])) / sum(rows["tokens"])
+    assert gain == pytest.approx(result["metrics"]["heldout"]["gain"], abs=1e-12)
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert prompts["id"] == [row["prompt_id"] for row in answers]
+    assert prompts["after"]["matches"] == [row["adapter_matches"] for row in answers]
+    assert prompts["before"]["words"] == [len(row["base"].split()) for row in answers]
+    scores = [score for score in prompts["judge"] if score is not None]
+    assert sum(scores) / len(scores) == pytest.approx(result["metrics"]["judge"]["win_rate"])
+    assert set(prompts["human"]) == {None} and result["items"]["human_alpha"] is None
+    assert {len(column) for column in (prompts["language"], prompts["category"])} == {6}
+    assert result["adapter_bytes"] == (inputs.adapter / "adapter_model.safetensors").stat().st_size
+    assert (result["parity"], result["behaviour"]) == (None, {"general": None, "latency": None})
+
+
+def test_general_text_and_latency_are_measured_where_asked_for(inputs: Inputs, tmp_path: Path) -> None:
+    text = tmp_path / "general.txt"
+    text.write_text("A text of its own.<|endoftext|>And another one, of more words than the first.")
+    config = _config(general_text=str(text), latency_prompts=2, judge={"kind": "none"})
+    behaviour = _evaluate(inputs, config, tmp_path / "out", environment={})["behaviour"]
+    base, adapted = score_text_file(inputs.quantized, text), score_text_file(inputs.quantized, text, inputs.adapter)
+    assert behaviour["general"]["before_loss"] == pytest.approx(base.loss, abs=1e-5)
+    assert behaviour["general"]["after_loss"] == pytest.approx(adapted.loss, abs=1e-5)
+    assert behaviour["general"]["tokens"] == base.tokens and base.loss != adapted.loss
+    assert behaviour["latency"]["prompts"] == 2
+    assert behaviour["latency"]["before_s"] > 0 and behaviour["latency"]["after_s"] > 0
+    compared = compare_adapters(
+        config,
+        inputs.quantized,
+        reference_folder=inputs.other_adapter,
+        evaluation_folder=tmp_path / "out",
+        curated_folder=inputs.curated,
+        adapter_folder=inputs.adapter,
+    )
+    other = score_text_file(inputs.quantized, text, inputs.other_adapter)
+    assert compared["behaviour"]["general"]["before_loss"] == pytest.approx(other.loss, abs=1e-5)
+    assert compared["behaviour"]["general"]["after_loss"] == pytest.approx(adapted.loss, abs=1e-5)
+
+
+def test_compare_adapters_judged_gives_verdicts_against_the_reference(inputs: Inputs, tmp_path: Path) -> None:
+    _evaluate(inputs, _config(), tmp_path, environment={})
+
+    def compare(reference: Path, *, judged: bool) -> dict:
+        return compare_adapters(
+            _config(),
+            inputs.quantized,
+            reference_folder=reference,
+            evaluation_folder=tmp_path,
+            curated_folder=inputs.curated,
+            judged=judged,
+            environment={},
+        )
+
+    itself = compare(inputs.adapter, judged=True)
+    assert (itself["judge"]["win_rate"], itself["judge"]["certified"]) == (0.5, False)  # equal answers are ties
+    assert itself["items"]["prompts"]["judge"] == [0.5] * 6
+    assert itself["items"]["rows"]["before"] == pytest.approx(itself["items"]["rows"]["after"], abs=1e-9)
+    unasked = compare(inputs.other_adapter, judged=False)
+    assert unasked["judge"] is None and unasked["behaviour"] is None
+
+
+def test_votes_count_for_the_answers_they_were_cast_on(inputs: Inputs, tmp_path: Path) -> None:
+    _evaluate(inputs, _config(judge={"kind": "none"}), tmp_path / "first", environment={})
+    pairs = [pair for pair in read_pairs(tmp_path / "first") if pair.answer_a != pair.answer_b]
+    assert pairs
+    stale = pairs[0].model_copy(update={"item_id": "stale", "answer_a": "what an older adapter said"})
+    box = BallotBox.create(tmp_path / "votes.sqlite", [*pairs[1:], stale], self_share=0, repeat_share=0)
+    for number in range(len(pairs)):
+        view = box.current("ann").task
+        assert view is not None
+        for_adapter = "left" if (view.left == "a") == (box.pairs[view.item].model_a == "adapter") else "right"
+        box.vote("ann", str(number), view.task, for_adapter)
+    config = _config(judge={"kind": "none"}, votes=str(tmp_path / "votes.sqlite"))
+    prompts = _evaluate(inputs, config, tmp_path / "second", environment={})["items"]["prompts"]
+    voted = dict(zip(prompts["id"], prompts["human"], strict=True))
+    assert [voted[pair.prompt_id] for pair in pairs[1:]] == [1.0] * (len(pairs) - 1)
+    assert voted[pairs[0].prompt_id] is None
+    with pytest.raises(EvaluationError, match=r"votes\.sqlite"):
+        _evaluate(inputs, _config(votes=str(tmp_path / "none")), tmp_path / "third", environment={})
+
+
+def test_parity_certificate_is_recorded_with_the_adapter_it_is_of(inputs: Inputs, tmp_path: Path) -> None:
+    certificate = tmp_path / "certificate.json"
+    said = {"adapter_digest": adapter_digest(inputs.adapter), "target": "nf4", "verdict": "pass", "chosen": "plain"}
+    certificate.write_text(json.dumps({**said, "more": 1}))
+    settings = {"parity_certificate": str(certificate), "max_prompts": 0}
+    result = _evaluate(inputs, _config(**settings), tmp_path / "out", environment={})
+    assert said.items() <= result["parity"].items()
+    assert result["parity"]["adapter_digest"] == result["adapter_weights_digest"]
+    certificate.write_text("{}")
+    with pytest.raises(EvaluationError, match="no certificate of a merge"):
+        _evaluate(inputs, _config(**settings), tmp_path / "other", environment={})
+
+
+def test_the_gate_reads_what_an_evaluation_records(inputs: Inputs, tmp_path: Path) -> None:
+    text = tmp_path / "general.txt"
+    text.write_text("A text of its own, of some words.")
+    config = _config(general_text=str(text), latency_prompts=1)
+    result = _evaluate(inputs, config, tmp_path / "out", lineage={"quantized_base_digest": "b" * 64}, environment={})
+    compared = compare_adapters(
+        config,
+        inputs.quantized,
+        reference_folder=inputs.other_adapter,
+        evaluation_folder=tmp_path / "out",
+        curated_folder=inputs.curated,
+        adapter_folder=inputs.adapter,
+        judged=True,
+        environment={},
+    )
+    guards = {
+        "max_perplexity_increase": 10.0,
+        "length_ratio": [0.0, 100.0],
+        "max_refusal_increase": 1.0,
+        "max_degenerate_share": 1.0,
+        "max_latency_ratio": 1000.0,
+        "max_adapter_bytes": 10**9,
+        "base_digest": "b" * 64,
+    }
+    for metric in ("loss", "exact_match", "judge"):
+        for champion in (None, {"version": "3", **compared}):
+            policy = GateConfig.model_validate(
+                {"min_rows": 2, "primary": {"metric": metric}, "slices": {"by": "language"}, "guards": guards}
+            )
+            findings = check(result, champion, policy)
+            assert {"primary", "slices", "guards"} <= {found.check for found in findings}, findings
+            assert [found.verdict for found in findings if found.check == "guards"] == ["PROMOTE"] * len(guards)
+            assert ("judge" in {found.check for found in findings}) == (metric == "judge")
+    unformed = GateConfig.model_validate({"guards": {"max_format_loss": 0.1}})  # these references have no form
+    assert [found.verdict for found in check(result, None, unformed)] == ["INVALID"]
 
 
 def test_read_row_losses_missing_file_says_what_to_do(tmp_path: Path) -> None:

@@ -6,11 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from qlora_core.config.load import load_config
 from qlora_core.config.pipeline import PipelineConfig
 from qlora_core.config.section import Section
+from qlora_core.errors import ConfigError
+from qlora_core.evaluation.vote.ballots import BallotBox
+from qlora_core.evaluation.vote.pairs import Pair
 from qlora_core.pipeline.pipeline import Pipeline
 
 # A field: another value for it, and the first stage that must run again (None: nothing does).
@@ -73,6 +78,7 @@ FIELDS: dict[str, tuple[Any, str | None]] = {
     "quantize.skip_modules": (["lm_head", "q_proj"], "quantize"),
     "quantize.max_shard_bytes": (1_000_000_000, "quantize"),
     "quantize.quality_text": ("text.txt", "quantize"),
+    "train.start_from": ("start", "sweep"),
     "train.lora_rank": (8, "sweep"),
     "train.lora_alpha": (32.0, "sweep"),
     "train.lora_dropout": (0.0, "sweep"),
@@ -118,6 +124,7 @@ FIELDS: dict[str, tuple[Any, str | None]] = {
     "sweep.objectives": (["loss", "tokens"], "sweep"),
     "sweep.loss_tolerance": (0.1, "sweep"),
     "sweep.finalists": ({"count": 1, "seeds": 2}, "sweep"),
+    "sweep.candidates": (2, "sweep"),
     "sweep.pruning.method": ("asha", "sweep"),
     "sweep.pruning.hyperband": (True, "sweep"),
     "sweep.pruning.min_tokens": (9, "sweep"),
@@ -130,12 +137,19 @@ FIELDS: dict[str, tuple[Any, str | None]] = {
     "evaluate.confidence": (0.9, "evaluate"),
     "evaluate.resamples": (300, "evaluate"),
     "evaluate.seed": (1, "evaluate"),
+    "evaluate.general_text": ("text.txt", "evaluate"),
+    "evaluate.latency_prompts": (2, "evaluate"),
+    "evaluate.parity_certificate": ("text.txt", "evaluate"),
+    "evaluate.votes": ("votes.sqlite", "evaluate"),
     "evaluate.judge.kind": ("none", "evaluate"),
     # The offline judge, which this config has, takes no settings.
     "evaluate.judge.model": ("other", None),
     "evaluate.judge.mode": ("score10", None),
     "evaluate.judge.rubric": ("Be brief.", None),
     "evaluate.judge.structured_output": (True, None),
+    "evaluate.judge.batch": (True, None),
+    "evaluate.judge.batch_price": (0.9, None),
+    "evaluate.judge.batch_poll_s": (1.0, None),
     "evaluate.judge.calls_in_flight": (2, None),
     "evaluate.judge.certificate": ("text.txt", "evaluate"),
     "evaluate.judge.base_url": ("http://localhost:1/v1", None),
@@ -152,6 +166,37 @@ FIELDS: dict[str, tuple[Any, str | None]] = {
     "gate.max_exact_match_loss": (0.1, None),
     "gate.max_unscored_share": (0.1, None),
     "gate.judge": ("require", None),
+    "gate.primary.metric": ("judge", None),
+    "gate.primary.rule": ("non_inferiority", None),
+    "gate.primary.margin": (0.1, None),
+    "gate.primary.min_gain": (0.1, None),
+    "gate.primary.test": ("always_valid", None),
+    "gate.primary.alpha": (0.1, None),
+    "gate.slices.by": ("category", None),
+    "gate.slices.margin": (0.1, None),
+    "gate.slices.min_items": (9, None),
+    "gate.slices.underpowered": ("pool", None),
+    "gate.guards.max_perplexity_increase": (0.1, None),
+    "gate.guards.length_ratio": ([0.5, 2.0], None),
+    "gate.guards.max_refusal_increase": (0.1, None),
+    "gate.guards.max_degenerate_share": (0.1, None),
+    "gate.guards.max_format_loss": (0.1, None),
+    "gate.guards.max_latency_ratio": (2.0, None),
+    "gate.guards.max_adapter_bytes": (9, None),
+    "gate.guards.base_digest": ("0" * 64, None),
+    "gate.guards.parity": (True, None),
+    "gate.humans.combine": ("ignore", None),
+    "gate.humans.min_prompts": (9, None),
+    "gate.humans.min_alpha": (0.4, None),
+    "gate.approve": ("manual", None),
+    "gate.shadow.period_s": (9.0, None),
+    "gate.shadow.prompts": ("asked.jsonl", None),
+    "gate.shadow.min_prompts": (9, None),
+    "gate.shadow.max_degenerate_increase": (0.1, None),
+    "gate.shadow.max_refusal_increase": (0.1, None),
+    "gate.shadow.length_ratio": ([0.9, 1.1], None),
+    "gate.shadow.alpha": (0.01, None),
+    "gate.approve_timeout_s": (9.0, None),
     "registry.model_name": ("other", None),
     "registry.experiment": ("other", None),
     "registry.tracking_uri": ("sqlite:////tmp/other.db", None),
@@ -167,6 +212,7 @@ FIELDS: dict[str, tuple[Any, str | None]] = {
     "compute.worker_start_timeout_s": (9.0, None),
     "compute.gpus": ("none", None),
     "compute.idle_worker_s": (9.0, None),
+    "compute.sweeps_at_once": (2, None),
     "compute.price_per_gpu_hour": (2.5, None),
 }
 AFTER = {
@@ -180,6 +226,10 @@ AFTER = {
 TOGETHER = {
     "store.kms_key_id": ["store.encryption=aws:kms"],
     "evaluate.judge.rubric": ["evaluate.judge.mode=rubric"],
+    "train.start_from": ["gate.slices.by=category"],
+    "gate.shadow.period_s": ["gate.shadow.prompts=asked.jsonl"],
+    "gate.primary.rule": ["gate.primary.margin=0.1"],
+    "gate.primary.margin": ["gate.primary.rule=non_inferiority"],
 }
 # The base stands above both curation and quantization.
 BOTH = {"base.model"}
@@ -218,8 +268,15 @@ def filled(tmp_path_factory: pytest.TempPathFactory, make_project: Callable[[Pat
     (folder / "other" / "rows.json").write_text('[{"instruction": "a", "output": "b"}]')
     (folder / "earlier").mkdir()
     (folder / "earlier" / "curation.json").write_text('{"digest": "1"}')
+    (folder / "start").mkdir()
+    for name in ("adapter_config.json", "golden.json", "qlora.json"):
+        (folder / "start" / name).write_text("{}")
+    for name in ("adapter_model", "golden"):
+        save_file({"lora_A.weight": np.zeros((2, 3), np.float32)}, folder / "start" / f"{name}.safetensors")
     (folder / "template.jinja").write_text("{{ messages }}")
     (folder / "text.txt").write_text("A text.")
+    pair = Pair(prompt_id="p", prompt="?", model_a="adapter", answer_a="a", model_b="base", answer_b="b", item_id="p")
+    BallotBox.create(folder / "votes.sqlite", [pair])
     shutil.copytree(tiny_base, folder / "other-base")
     other = json.loads((folder / "other-base" / "config.json").read_text())
     (folder / "other-base" / "config.json").write_text(json.dumps({**other, "rope_theta": 1.0}))
@@ -258,6 +315,21 @@ def test_quality_text_counts_by_content_and_not_by_name(filled: Path, tmp_path: 
     assert stale(load_config(moved / "pipeline.yaml", ["quantize.quality_text=renamed.txt"])) == set()
     (moved / "text.txt").write_text("Another text.")
     assert stale(config) == AFTER["quantize"]
+
+
+def test_a_vote_reruns_evaluation_and_a_missing_file_is_told(filled: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(filled.parent, moved)
+    config = load_config(moved / "pipeline.yaml", ["evaluate.votes=votes.sqlite"])
+    fill(Pipeline(config))
+    box = BallotBox(moved / "votes.sqlite")
+    task = box.current("ann").task
+    assert task is not None and stale(config) == set()  # a pair was shown, nothing decided
+    box.vote("ann", "1", task.task, "left")
+    assert stale(config) == AFTER["evaluate"]
+    for name in ("general_text", "parity_certificate", "votes"):
+        with pytest.raises(ConfigError, match=f"evaluate.{name}"):
+            stale(load_config(moved / "pipeline.yaml", [f"evaluate.{name}=nowhere"]))
 
 
 def test_order_of_sources_reruns_curation(filled: Path) -> None:

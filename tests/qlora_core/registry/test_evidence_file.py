@@ -13,7 +13,7 @@ from flows.cli.app import app
 from qlora_core.config.gate import GateConfig
 from qlora_core.errors import RegistryError
 from qlora_core.registry.evidence import decide_again, read_evidence_file
-from qlora_core.registry.gate import detectable_gain
+from qlora_core.registry.gate import minimum_detectable_gain
 from qlora_core.registry.versions import RegisteredVersion
 
 
@@ -66,7 +66,9 @@ def test_explain_names_every_check_and_what_could_have_been_shown(evidence_file:
 def test_the_detectable_gain_is_found_in_eight_of_ten_tries() -> None:
     error, confidence = 0.03, 0.9
     z = 1.6448536  # of 95 %, two sides of 5 %
-    least = detectable_gain({"gain": 0.0, "gain_low": -z * error, "gain_high": z * error, "confidence": confidence})
+    heldout = {"gain": 0.0, "gain_low": -z * error, "gain_high": z * error, "confidence": confidence, "rows": 100}
+    least = minimum_detectable_gain({"metrics": {"heldout": heldout}}, None, GateConfig())
+    assert least is not None
     drawn = np.random.default_rng(0).normal(least, error, 200_000)
     assert np.mean(drawn - z * error > 0) == pytest.approx(0.8, abs=0.005)
 

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_core.config.gate import GateConfig
 from qlora_core.config.quantize import QuantizeConfig
+from qlora_core.digest import digest_file
 from qlora_core.errors import RegistryError
 from qlora_core.model.adapter import Golden, golden_logits, write_golden
 from qlora_core.model.base import load_quantized
@@ -101,6 +102,7 @@ def request_for(
             decision={"verdict": decision.verdict, "reasons": list(decision.reasons), "comparison": None},
             lineage=LINEAGE,
             run_key=f"{model_name}-key",
+            keep_evidence=lambda file: f"v1/stage/evidence/{digest_file(file)}",
         )
 
     return build
@@ -129,6 +131,8 @@ def test_registration_checks_and_promotes(
     assert client.get_model_version("registered", "1").tags[LOAD_CHECK_TAG] == PASSED
     files = {file.path for file in client.list_artifacts(registration["run_id"])}
     assert {"config.json", "evaluation.json", "report.html", "evidence"} <= files
+    tags = client.get_model_version("registered", "1").tags
+    assert tags["evidence_address"] == f"v1/stage/evidence/{tags['evidence_sha256']}"
 
 
 def test_registering_again_repeats_nothing(
@@ -136,7 +140,8 @@ def test_registering_again_repeats_nothing(
 ) -> None:
     request, registration = registered
     assert find_registration(request.tracking_uri, "registered", request.run_key) == registration
-    assert register_run(request, tmp_path) == registration
+    for _ in range(10):
+        assert register_run(request, tmp_path) == registration
     assert len(client.search_model_versions("name = 'registered'")) == 1
     assert promote(request.tracking_uri, "registered")["champion"] == "1"
 
