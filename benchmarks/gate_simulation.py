@@ -59,7 +59,7 @@ SHOWN_PAIRS = ("bloom-7b_llama-7b", "llama-7b_opt-7b")
 def _scores(path: Path) -> NDArray[np.float64]:
     """The first answer's mean score per pair, shape [pairs]."""
     rows = json.loads(path.read_text())
-    return np.array([np.mean([SCORE[row[name]] for name in ANNOTATORS]) for row in rows])
+    return np.array([np.mean([SCORE[row[name]] for name in ANNOTATORS]) for row in rows], dtype=np.float64)
 
 
 def _pairs(path: Path) -> dict[str, NDArray[np.float64]]:

@@ -258,15 +258,11 @@ def figures(pool: SimulatedPool, records: Sequence[TrialRecord]) -> dict[str, An
 
 def measure(workers: int = 256, trials: int = 10_000) -> dict[str, Any]:
     """Busy shares and the driver's own cost for synchronous and asynchronous halving, with preemptions."""
-    ways = {
-        "asha": (PruningConfig(method="asha"), 1),
-        "halving": (PruningConfig(), 1),
-        "asha_packs_of_4": (PruningConfig(method="asha"), 4),
-    }
+    ways = {"asha": PruningConfig(method="asha"), "halving": PruningConfig()}
     logging.getLogger("qlora_core").setLevel(logging.ERROR)  # every preemption is a warning there
     found: dict[str, Any] = {}
-    for name, (pruning, pack_size) in ways.items():
-        fleet = Fleet(workers, pack_size, mean_life_s=2 * 3600)
+    for name, pruning in ways.items():
+        fleet = Fleet(workers, mean_life_s=2 * 3600)
         with tempfile.TemporaryDirectory() as folder:
             found[name] = figures(*simulate(sweep_of(trials, pruning), fleet, Path(folder)))
     return {"workers": workers, "trials": trials, "step_seconds": STEP_S, "total_steps": TOTAL_STEPS, **found}

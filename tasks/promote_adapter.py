@@ -7,6 +7,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
 from qlora_core.config.load import load_config
+from qlora_core.pipeline.champion_lease import champion_lease
 from qlora_core.registry.promotion import promote
 from tasks.stage_run import TASK_OPTIONS, library_logs, worth_retrying
 
@@ -15,7 +16,7 @@ from tasks.stage_run import TASK_OPTIONS, library_logs, worth_retrying
 def promote_adapter(config: str, overrides: list[str], version: str | None) -> dict[str, Any]:
     """Decide again from the version's recorded evidence; the champion alias moves on PROMOTE only."""
     loaded = load_config(Path(config), overrides)
-    with library_logs():
+    with library_logs(), champion_lease(loaded):
         outcome = promote(loaded.tracking_uri, loaded.registry.model_name, version=version, policy=loaded.gate)
     reasons = "\n".join(f"- {reason}" for reason in outcome["reasons"])
     champion = outcome["champion"] or "none"

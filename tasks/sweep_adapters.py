@@ -6,7 +6,8 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 
 from qlora_core.pipeline.run_record import trial_rows
-from tasks.stage_run import TASK_OPTIONS, Spec, run_stage, worth_retrying
+from tasks.cluster_turn import cluster_turn
+from tasks.stage_run import TASK_OPTIONS, Spec, pipeline_of, run_stage, worth_retrying
 
 
 @task(
@@ -17,7 +18,8 @@ from tasks.stage_run import TASK_OPTIONS, Spec, run_stage, worth_retrying
 )
 def sweep_adapters(spec: Spec) -> dict[str, Any]:
     """Every trial and the best of them. Ray is started, used and ended inside this one task."""
-    pipeline, row = run_stage(spec, "sweep")
+    with cluster_turn(pipeline_of(spec).job.config.compute):
+        pipeline, row = run_stage(spec, "sweep")
     swept = pipeline.document("sweep", "sweep.json")
     table = [
         {**trial, "params": str(trial["params"]), "best": trial["id"] == swept["best"]} for trial in trial_rows(swept)

@@ -52,7 +52,7 @@ def doctor(
 
 
 def plan(config: ConfigArgument, overrides: SetOption = None, json: JsonOption = False) -> None:
-    """What would run and what is cached, how many trials, the memory they need, what the judge costs.
+    """What would run and what is cached, the sweep's trials, time and price, the memory it needs, what the judge costs.
 
     Example:
 
@@ -61,16 +61,18 @@ def plan(config: ConfigArgument, overrides: SetOption = None, json: JsonOption =
     with reporting(json) as report:
         from flows.cli.memory_table import memory_lines
         from qlora_core.pipeline.estimate import estimate_judge, estimate_memory, planned_trials
+        from qlora_core.pipeline.sweep_estimate import estimate_sweep, sweep_lines
 
         pipeline = open_pipeline(config, overrides)
         stages = [stage.row() for stage in pipeline.plan()]
         memory = estimate_memory(pipeline)
         trials = planned_trials(pipeline.job.config)
         judge = estimate_judge(pipeline.job.config)
-        report.data = {"stages": stages, "memory": memory, "trials": trials, "judge": judge}
+        sweep = estimate_sweep(pipeline)
+        report.data = {"stages": stages, "memory": memory, "trials": trials, "sweep": sweep, "judge": judge}
         for stage in stages:
             report.say(f"{stage['name']:<10} {'cached' if stage['cached'] else 'would run'}")
         report.say(f"trials: {len(trials)}" + "".join(f"\n  {trial}" for trial in trials))
-        for line in memory_lines(memory):
+        for line in [*sweep_lines(sweep), *memory_lines(memory)]:
             report.say(line)
         report.say(f"judge: {judge['kind']}, at most {judge['calls']} calls, about {judge['cost_usd']:.2f} USD")

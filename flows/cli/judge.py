@@ -128,3 +128,47 @@ def _tell(report: Report, certificate: "Certificate", out: Path | None) -> None:
     for reason in certificate.reasons:
         report.say(f"  {reason}")
     report.exit_code = 0 if certificate.passed else 1
+
+
+@app.command()
+def preferences(
+    config: Annotated[Path, typer.Argument(help="The pipeline config, a YAML file.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Where the pairs go: a .jsonl for data.sources.", show_default=False)],
+    prompts: Annotated[int, typer.Option(min=1, help="Training prompts that are answered twice.")] = 200,
+    uncertified: Annotated[
+        bool, typer.Option("--uncertified", help="Learn from a judge without a certificate.")
+    ] = False,
+    overrides: SetOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Let the best adapter and its base answer training prompts, and keep what the judge decides as preference pairs.
+
+    A round of DPO learns from them: name the file in data.sources and set train.objective=dpo. It is gated as any run.
+
+    Example:
+
+      qlora judge preferences pipeline.yaml pairs.jsonl --prompts 500
+    """
+    with reporting(json) as report:
+        from flows.cli.stages import open_pipeline
+        from qlora_core.evaluation.preferences import collect_preferences, write_preferences
+        from qlora_core.pipeline.stages import evaluate_settings
+
+        pipeline = open_pipeline(config, overrides)
+        settings = pipeline.job.config
+        made = {name: pipeline.run(name).artifact.path for name in ("quantize", "curate", "sweep")}
+        found = collect_preferences(
+            evaluate_settings(pipeline.job),
+            made["quantize"],
+            made["sweep"] / "adapter",
+            made["curate"],
+            prompts=prompts,
+            allow_uncertified=uncertified,
+            precision=settings.train.precision,
+            residency=settings.compute.residency_settings,
+        )
+        write_preferences(out, found)
+        report.data = {"pairs": len(found.rows), "left_out": found.left_out, "path": str(out)}
+        report.say(f"{len(found.rows)} pairs in {out}")
+        for reason, count in sorted(found.left_out.items()):
+            report.say(f"  left out, {reason}: {count}")

@@ -30,7 +30,14 @@ def load_pipeline(config: Path, overrides: list[str] | None) -> "Pipeline":
     return Pipeline(load_config(config, overrides or ()))
 
 
-def run(config: ConfigArgument, overrides: SetOption = None, json: JsonOption = False) -> None:
+def run(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    if_changed: Annotated[
+        bool, typer.Option("--if-changed", help="Do nothing if data, base and settings are those of the last decision.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
     """The whole job: curate, quantize, sweep, evaluate, gate, register.
 
     Finished stages are taken from the store. Given again, the same command goes on where it was interrupted.
@@ -40,11 +47,15 @@ def run(config: ConfigArgument, overrides: SetOption = None, json: JsonOption = 
       qlora run pipeline.yaml
 
       qlora run pipeline.yaml --set train.learning_rate=1e-4 --json
+
+      qlora run pipeline.yaml --if-changed
     """
     with reporting(json) as report:
+        pipeline = load_pipeline(config, overrides)
+        if if_changed and _say_unchanged(report, pipeline):
+            return
         from qlora_core.pipeline.run_record import finished_before
 
-        pipeline = load_pipeline(config, overrides)
         # Prefect's in-process API takes seconds to start, so it is left alone where nothing has to run.
         summary = finished_before(pipeline.job.config)
         if summary is None:
@@ -54,8 +65,24 @@ def run(config: ConfigArgument, overrides: SetOption = None, json: JsonOption = 
             from flows.retrain import retrain
 
             summary = retrain(config=str(config.resolve()), overrides=overrides or [])
+            assert isinstance(summary, dict)
         report.data = summary
         _say_summary(report, summary)
+
+
+def _say_unchanged(report: Report, pipeline: "Pipeline") -> bool:
+    """Report the last decision if there is nothing new since; else say what is new."""
+    from qlora_core.pipeline.decided import check_inputs
+
+    check = check_inputs(pipeline.job.config)
+    if not check.unchanged:
+        for change in check.changes:
+            report.say(change)
+        return False
+    report.data = check.to_json()
+    report.say(report.data["skipped"])
+    report.say(f"last decision: {report.data['verdict']} in run {report.data['run_id']}, {report.data['decided_at']}")
+    return True
 
 
 def _say_summary(report: Report, summary: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from qlora_core.adapters.adapter_folder import AdapterFolder, adapter_digest
 from qlora_core.errors import ModelError
@@ -25,6 +25,7 @@ from qlora_core.model.adapter import (
     write_golden,
 )
 from qlora_core.model.base import load_any
+from qlora_core.quantization.auto_class import auto_class
 
 GOLDEN_TOLERANCE = 1e-4
 """Largest difference of any logit in float32 between the adapter's own golden logits and those on the base at hand."""
@@ -68,7 +69,7 @@ def empty_model(folder: Path) -> PreTrainedModel:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return auto_class(config.model_type).from_config(config)
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(f"{folder} holds no model that transformers can build: {error}; name a checkpoint") from error
 

@@ -28,6 +28,9 @@ class ComputeConfig(Section):
     ray_address: str | None = Field(
         default=None, description="an existing Ray cluster; default: one is started and ended"
     )
+    sweeps_at_once: int | None = Field(
+        default=None, ge=1, description="how many sweeps of Prefect flows may share the cluster; others wait"
+    )
     work_dir: str = Field(default="./.qlora", description="checkpoints, study, MLflow's SQLite, logs, resolved configs")
     residency: Literal["auto", "dense", "scratch", "bitsandbytes"] = Field(
         default="auto",

@@ -74,6 +74,9 @@ class SweepConfig(Section):
         default=0.0, ge=0, description="nats by which a smaller or cheaper trial of those may lag and still be the best"
     )
     finalists: FinalistsConfig | None = None
+    candidates: int = Field(
+        default=1, ge=1, description="how many of the best complete trials are evaluated; the gate sees the best alone"
+    )
     max_attempts: int = Field(default=3, ge=1, description="how often a trial is started again after its worker died")
     max_preemptions: int = Field(
         default=20, ge=0, description="how often a trial is started again after its worker's node went away"

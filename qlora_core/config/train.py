@@ -17,6 +17,11 @@ class TrainConfig(Section):
     dpo_label_smoothing: float = Field(
         default=0.0, ge=0, lt=0.5, description="share of pairs that dpo takes to be labelled the wrong way round"
     )
+    start_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="an adapter to begin from: champion, models:/NAME/VERSION, or a PEFT folder; needs gate.slices.by",
+    )
     lora_rank: int = Field(default=64, ge=1, le=1024)
     lora_alpha: float = Field(default=16.0, gt=0)
     lora_dropout: float = Field(default=0.1, ge=0, lt=1)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +14,7 @@ from qlora_core.data.shards import shard_files
 from qlora_core.errors import DataError
 
 BATCH_ROWS = 1024
+_LABELS = ("category", "language")
 REJECTED = ("rejected_ids", "rejected_mask")
 """Columns of preference pairs; null in other rows, and absent from sets curated before they were written."""
 
@@ -47,6 +48,13 @@ class PromptRow:
     prompt: str
     reference: str
     messages: list[dict[str, str]]
+
+
+class RowLabels(NamedTuple):
+    """What a row is filed under, as its source says; None where it says nothing."""
+
+    category: str | None
+    language: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +105,12 @@ def read_prompts(folder: Path, split: str, limit: int | None = None) -> list[Pro
     files = shard_files(folder, split)
     names = ["id", "category", "prompt", "reference", "messages"]
     return [PromptRow(*values) for values in islice(_rows(files, names), limit)]
+
+
+def read_labels(folder: Path, split: str) -> dict[str, RowLabels]:
+    """The labels of every row of a split by its id. Raises as `read_split` does."""
+    files = shard_files(folder, split)
+    return {row_id: RowLabels(category, language) for row_id, category, language in _rows(files, ["id"], _LABELS)}
 
 
 def read_conversations(folder: Path, split: str) -> StoredConversations:

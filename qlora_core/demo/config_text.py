@@ -91,6 +91,8 @@ sweep:
     enabled: true
     # Of the trials at a rung, one in this many goes on.
     reduction_factor: 2
+  # So many of the best trials are evaluated together; the gate sees the best alone.
+  # candidates: 3
   seed: 0
 
 evaluate:
@@ -121,6 +123,9 @@ gate:
   max_exact_match_loss: 0.02
   # `require`: a certified judge must prefer the new adapter too.
   judge: ignore
+  # No part of the data may get worse; guards are off until they are set (docs/promotion.md).
+  # slices: {by: category, margin: 0.05, underpowered: hold}
+  # guards: {length_ratio: [0.6, 1.6], max_refusal_increase: 0.01, max_degenerate_share: 0.02}
 
 registry:
   # The registered model in MLflow; load the promoted adapter as models:/assistant@champion.

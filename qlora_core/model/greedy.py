@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 _ROW_INPUTS = ("attention_mask", "decoder_attention_mask", "position_ids", "token_type_ids")
 
@@ -84,7 +85,7 @@ def _keep_rows(inputs: dict[str, Any], kept_b: Any) -> None:
     for name, value in inputs.items():
         if isinstance(value, Cache):
             value.reorder_cache(kept_b)  # it selects: fewer places than rows are as good as a permutation
+        elif name == "encoder_outputs":  # what an encoder made of the prompts, rows first
+            inputs[name] = BaseModelOutput(last_hidden_state=value["last_hidden_state"].index_select(0, kept_b))
         elif name in _ROW_INPUTS and value is not None:
             inputs[name] = value.index_select(-2, kept_b)  # rows are last but one, also where positions have 3 axes
-        elif name == "encoder_outputs":  # what an encoder made of the prompts: one tensor that counts, rows first
-            inputs[name] = type(value)(last_hidden_state=value.last_hidden_state.index_select(0, kept_b))

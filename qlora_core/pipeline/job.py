@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_core.config.pipeline import PipelineConfig
 from qlora_core.data.remote_sources import Objects, localize_sources
@@ -13,6 +13,9 @@ from qlora_core.digest import digest_file, digest_json
 from qlora_core.errors import ConfigError
 from qlora_core.pipeline.base_source import BaseModelFiles, is_demo, locate_base
 from qlora_core.store.store import Store, open_store
+
+if TYPE_CHECKING:
+    from qlora_core.pipeline.start_adapter import StartAdapter
 
 
 class Job:
@@ -118,12 +121,19 @@ class Job:
         """The base checkpoint named in the config; None for the demo model, which the first stage makes."""
         return None if is_demo(self.config) else locate_base(self.config)
 
+    @cached_property
+    def start_adapter(self) -> "StartAdapter | None":
+        """The adapter that training begins from, if the config names one."""
+        from qlora_core.pipeline.start_adapter import find_start  # MLflow takes a while, and few jobs need it here
+
+        return find_start(self.config)
+
     def check_inputs(self) -> None:
         """Look at everything a run needs from outside before it works for minutes: sources, template, base, store."""
         self.store.check()
         for file in [*self.sources, *self.prompt_sets]:
             file.path.stat()
-        _ = self.chat_template, self.quality_text, self.earlier_split, self.external_base
+        _ = self.chat_template, self.quality_text, self.earlier_split, self.external_base, self.start_adapter
 
     def section(self, name: str, *, without: frozenset[str] = frozenset()) -> dict[str, Any]:
         """A config section as plain data, less the settings that cannot change a result."""

@@ -14,27 +14,36 @@ from typing import Any
 
 from qlora_core.config.load import parse_config
 from qlora_core.config.pipeline import PipelineConfig
+from qlora_core.pipeline.decided import record_decided
+from qlora_core.pipeline.inputs import Inputs, read_inputs
 from qlora_core.pipeline.pipeline import Pipeline
 from qlora_core.pipeline.promotion import Promotion
+from qlora_core.pipeline.start_adapter import pin_start
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run's id and config. `folder` holds config.json from the start and summary.json and report.html at the end."""
+    """A run's id and config. `folder` holds config.json from the start and summary.json and report.html at the end.
+
+    `inputs` are those found before anything was read; what arrives later is for the next run.
+    """
 
     run_id: str
     config: PipelineConfig
+    inputs: Inputs
 
     @classmethod
     def start(cls, config: PipelineConfig) -> "RunRecord":
         """Give the run an id and save its resolved config, once all it reads from outside is known to be there."""
+        inputs = read_inputs(config)
+        config = pin_start(config)
         Pipeline(config).job.check_inputs()
-        return cls._put_on_record(config)
+        return cls._put_on_record(config, inputs)
 
     @classmethod
-    def _put_on_record(cls, config: PipelineConfig) -> "RunRecord":
+    def _put_on_record(cls, config: PipelineConfig, inputs: Inputs) -> "RunRecord":
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-        record = cls(f"{stamp}-{secrets.token_hex(3)}", config)
+        record = cls(f"{stamp}-{secrets.token_hex(3)}", config, inputs)
         record.folder.mkdir(parents=True)
         document = json.dumps(config.resolved(), indent=1, ensure_ascii=False)
         (record.folder / "config.json").write_text(document, encoding="utf-8")
@@ -47,12 +56,13 @@ class RunRecord:
 
     def spec(self) -> dict[str, Any]:
         """The run as plain JSON data, for what crosses process and service boundaries."""
-        return {"run_id": self.run_id, "folder": str(self.config.folder), "config": self.config.resolved()}
+        config = {"folder": str(self.config.folder), "config": self.config.resolved()}
+        return {"run_id": self.run_id, **config, "inputs": dict(self.inputs)}
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> "RunRecord":
         """The run that `spec` described."""
-        return cls(spec["run_id"], parse_config(dict(spec["config"]), folder=Path(spec["folder"])))
+        return cls(spec["run_id"], parse_config(dict(spec["config"]), folder=Path(spec["folder"])), spec["inputs"])
 
     def summary(self, promotion: Promotion, stages: list[dict[str, Any]]) -> dict[str, Any]:
         """The result of a run whose stages have all run, saved beside its config; `stages` are their rows in order."""
@@ -73,9 +83,12 @@ class RunRecord:
             "verdict": registration["verdict"],
             "reasons": registration["reasons"],
             "model_version": registration["version"],
+            "approval": registration.get("approval"),
             "report": str(shutil.copy(gate.report, self.folder / "report.html")),
         }
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
+        if promotion.settled:
+            record_decided(pipeline.job.store, self.config.registry.model_name, self.inputs, summary)
         return summary
 
 
@@ -84,6 +97,8 @@ def finished_before(config: PipelineConfig) -> dict[str, Any] | None:
 
     Asks the store for each manifest twice, to plan and to read; nothing is tried out that only a build would need.
     """
+    inputs = read_inputs(config)
+    config = pin_start(config)
     pipeline = Pipeline(config)
     if not all(stage.cached for stage in pipeline.plan()):
         return None
@@ -92,7 +107,8 @@ def finished_before(config: PipelineConfig) -> dict[str, Any] | None:
         return None
     promotion.gate()
     rows = [result.row() for result in pipeline.results()]
-    return RunRecord._put_on_record(config).summary(promotion, [*rows, promotion.row(cached=True, seconds=0.0)])
+    record = RunRecord._put_on_record(config, inputs)
+    return record.summary(promotion, [*rows, promotion.row(cached=True, seconds=0.0)])
 
 
 def trial_rows(swept: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_core.config.evaluate import EvaluateConfig
 from qlora_core.config.sweep import WITHOUT_EFFECT
 from qlora_core.digest import digest_file, digest_files, digest_json
-from qlora_core.errors import ConfigError
+from qlora_core.errors import ConfigError, TrainingError
 from qlora_core.evaluation.judge_client import custom_url, resolve_kind, without_secrets
 from qlora_core.pipeline.base_source import BaseModelFiles, is_demo
 from qlora_core.pipeline.job import Job
@@ -27,6 +28,13 @@ from qlora_core.store.shelf import Shelf
 
 if TYPE_CHECKING:
     from qlora_core.evaluation.judge_cache import VerdictCache
+
+EVALUATE_FILES = {
+    "general_text": "give a text file",
+    "parity_certificate": "write it with `qlora merge`",
+    "votes": "name the votes.sqlite that `qlora vote serve` wrote",
+}
+"""The settings of `evaluate` that name a file whose contents are measured or recorded, and how each is come by."""
 
 Inputs = Mapping[str, Artifact]
 Manifests = Mapping[str, Manifest]
@@ -153,13 +161,18 @@ def _quantize_folder(job: Job, key: StageKey) -> Path:
 
 def _sweep_key(job: Job, inputs: Manifests) -> StageKey:
     settings = {
-        "train": job.section("train", without=frozenset({"checkpoint_every_steps"})),
+        # What it begins from is an input, whatever it is called.
+        "train": job.section("train", without=frozenset({"checkpoint_every_steps", "start_from"})),
         "sweep": job.section("sweep", without=WITHOUT_EFFECT),
     }
-    return StageKey("sweep", "2", settings, {name: inputs[name].digest for name in ("curate", "quantize")})
+    digests = {name: inputs[name].digest for name in ("curate", "quantize")}
+    if job.start_adapter is not None:
+        digests["start"] = job.start_adapter.adapter_sha256
+    return StageKey("sweep", "2", settings, digests)
 
 
 def _build_sweep(job: Job, inputs: Inputs, out: Path) -> None:
+    from qlora_core.registry.live_metrics import LiveMetrics, LiveSweep
     from qlora_core.sweep.run import SweepWork, run_sweep
 
     key = _sweep_key(job, {name: artifact.manifest for name, artifact in inputs.items()})
@@ -173,8 +186,33 @@ def _build_sweep(job: Job, inputs: Inputs, out: Path) -> None:
         inputs=key.inputs,
         # Never asked for where it would have to be made or fetched: the demo's base is no input of this stage
         original_folder=None if job.external_base is None else job.external_base.folder,
+        start_folder=_start_folder(job, inputs),
     )
-    run_sweep(job.config.sweep, job.config.train, job.config.compute, work, out)
+    live = LiveSweep(
+        tracking_uri=job.config.tracking_uri,
+        experiment=job.config.registry.experiment,
+        work_dir=job.config.work_dir,
+        trials_dir=work.trials_dir,
+        sweep_key=key.key,
+        name=f"{job.config.registry.model_name} sweep {key.key[:8]}",
+        tags={**work.lineage, "base_model": job.config.base.model},
+        data_digest=work.lineage["data_digest"],
+    )
+    with LiveMetrics(live) as metrics:
+        run_sweep(job.config.sweep, job.config.train, job.config.compute, work, out, on_trial=metrics.take)
+
+
+def _start_folder(job: Job, inputs: Inputs) -> Path | None:
+    start = job.start_adapter
+    if start is None:
+        return None
+    if start.quantized_base_digest not in (None, inputs["quantize"].digest):
+        raise TrainingError(
+            f"train.start_from {job.config.train.start_from}: that adapter was trained over another quantized base "
+            f"({(start.quantized_base_digest or '')[:12]}) than this one ({inputs['quantize'].digest[:12]}); "
+            "train from scratch"
+        )
+    return start.folder
 
 
 def _clean_up_sweep(job: Job, key: StageKey) -> None:
@@ -195,7 +233,12 @@ def judge_kind(job: Job) -> str:
 
 
 def _evaluate_key(job: Job, inputs: Manifests) -> StageKey:
-    settings = job.section("evaluate", without=frozenset({"batch_size", "judge", "prompt_sets"}))
+    settings = job.section("evaluate", without=frozenset({"batch_size", "judge", "prompt_sets", *EVALUATE_FILES}))
+    settings |= {name: digest_file(path) for name, path in _evaluate_files(job).items() if name != "votes"}
+    if job.config.evaluate.votes is not None:
+        from qlora_core.evaluation.human_votes import votes_digest
+
+        settings["votes"] = votes_digest(_evaluate_files(job)["votes"])
     judge = job.config.evaluate.judge
     settings["judge"] = {"kind": judge_kind(job)}
     if judge_kind(job) == "openai":
@@ -207,7 +250,19 @@ def _evaluate_key(job: Job, inputs: Manifests) -> StageKey:
     if certificate is not None:
         settings["judge"]["certificate"] = digest_file(certificate)
     digests = {name: inputs[name].digest for name in ("curate", "quantize", "sweep")}
-    return StageKey("evaluate", "1", settings, digests)
+    return StageKey("evaluate", "2", settings, digests)
+
+
+def _evaluate_files(job: Job) -> dict[str, Path]:
+    """The files, beside the data, whose contents are part of an evaluation: those of EVALUATE_FILES that are named."""
+    named = {name: getattr(job.config.evaluate, name) for name in EVALUATE_FILES}
+    files = {name: job.config.path(value) for name, value in named.items() if value is not None}
+    for name, path in files.items():
+        if not path.is_file():
+            raise ConfigError(
+                f"evaluate.{name}: {str(path)!r} is no file; {EVALUATE_FILES[name]}, or leave the key out"
+            )
+    return files
 
 
 def _certificate(job: Job) -> Path | None:
@@ -223,14 +278,12 @@ def _certificate(job: Job) -> Path | None:
 
 def _build_evaluate(job: Job, inputs: Inputs, out: Path) -> None:
     from qlora_core.evaluation.evaluate import evaluate_adapter
+    from qlora_core.model.adapter_set import NamedAdapter
 
-    certificate = _certificate(job)
-    judge = job.config.evaluate.judge.model_copy(
-        update={"kind": judge_kind(job), "certificate": None if certificate is None else str(certificate)}
-    )
-    with _paid_verdicts(job) as verdicts:
+    candidates = [NamedAdapter(trial, folder) for trial, folder in exported_candidates(inputs["sweep"].path)]
+    with paid_verdicts(job) as verdicts:
         evaluate_adapter(
-            job.config.evaluate.model_copy(update={"judge": judge}),
+            evaluate_settings(job),
             inputs["quantize"].path,
             inputs["sweep"].path / "adapter",
             inputs["curate"].path,
@@ -239,10 +292,27 @@ def _build_evaluate(job: Job, inputs: Inputs, out: Path) -> None:
             residency=job.config.compute.residency_settings,
             verdict_cache=verdicts,
             lineage=lineage(job, inputs),
+            candidates=candidates,
         )
 
 
-def _paid_verdicts(job: Job) -> "AbstractContextManager[VerdictCache | None]":
+def exported_candidates(sweep_folder: Path) -> list[tuple[str, Path]]:
+    """A sweep's exported trials with their adapters, best first: `adapter`, then the others in `adapters`."""
+    best, *others = json.loads((sweep_folder / "sweep.json").read_text())["candidates"]
+    return [(best, sweep_folder / "adapter"), *((trial, sweep_folder / "adapters" / trial) for trial in others)]
+
+
+def evaluate_settings(job: Job) -> EvaluateConfig:
+    """The `evaluate` section with every file at its place and the judge that `auto` means here."""
+    certificate = _certificate(job)
+    judge = job.config.evaluate.judge.model_copy(
+        update={"kind": judge_kind(job), "certificate": None if certificate is None else str(certificate)}
+    )
+    files = {name: str(path) for name, path in _evaluate_files(job).items()}
+    return job.config.evaluate.model_copy(update={"judge": judge, **files})
+
+
+def paid_verdicts(job: Job) -> "AbstractContextManager[VerdictCache | None]":
     """What a judge that costs money has said before, here or on other machines; None for a judge that costs none."""
     from qlora_core.evaluation.judge_cache import VerdictCache
 

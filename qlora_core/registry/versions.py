@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 ADAPTER_TAG = "adapter_sha256"
 BASE_TAG = "quantized_base_digest"
+DATA_TAG = "data_digest"
 IDEMPOTENCY_TAG = "idempotency_key"
 RUN_KEY_TAG = "run_key"
 # Where an adapter comes from: every version says it. Digests are SHA-256, 64 hex digits.
-LINEAGE_TAGS = ("base_model", "base_revision", BASE_TAG, "data_digest", "config_digest")
+LINEAGE_TAGS = ("base_model", "base_revision", BASE_TAG, DATA_TAG, "config_digest")
 
 _log = logging.getLogger(__name__)
 

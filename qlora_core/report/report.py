@@ -51,16 +51,20 @@ def write_report(
     lineage: Mapping[str, Any],
     curated_folder: Path,
     evaluation_folder: Path,
+    findings: tuple[Sequence[str], Sequence[str]] | None = None,
+    diagnosis: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the HTML file `out` from the stages' JSON, their `lineage` graph and the tables in the two folders.
 
     Equal inputs give equal bytes. Text from data is escaped everywhere. A judge or an exact match that is null is said
-    to be missing, and why. `quality` is what `write_quality` measured, None where the job names no text for it. Raises
-    EvaluationError where `answers.jsonl` cannot be read.
+    to be missing, and why. `findings` are sentences on the data's drift and on weak slices, `diagnosis` the latter with
+    examples; None leaves them out. `quality` is what `write_quality` measured, None where the job names no text for it.
+    Raises EvaluationError where `answers.jsonl` cannot be read.
     """
     answers = read_answers(evaluation_folder)
     matches = match_table(answers, evaluation["metrics"]["heldout"]["confidence"])
     varied = _varied(sweep)
+    candidates = _several(evaluation.get("candidates") or [])
     page = template("report.html.jinja").render(
         config=config,
         config_yaml=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True),
@@ -70,11 +74,15 @@ def write_report(
         quality=quality,
         sweep=sweep,
         varied=varied,
+        candidates={found["trial"]: found for found in candidates},
+        candidate_slices=_candidate_slices(candidates),
         evaluation=evaluation,
         heldout=evaluation["metrics"]["heldout"],
         exact=evaluation["metrics"]["exact_match"],
         judge=evaluation["metrics"]["judge"],
         decision=decision,
+        findings=findings,
+        diagnosis=diagnosis,
         lead=LEADS[decision["verdict"]],
         matches=matches,
         samples=sample_answers(answers, SHOWN_ANSWERS),
@@ -153,6 +161,22 @@ def _varied(sweep: Mapping[str, Any]) -> list[str]:
     trials = [trial["params"] for trial in sweep["trials"]]
     names = dict.fromkeys(name for params in trials for name in params)
     return [name for name in names if len({repr(params.get(name)) for params in trials}) > 1]
+
+
+def _several(candidates: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The candidates where there are several; one alone is the adapter that the whole page is about."""
+    return candidates if len(candidates) > 1 else []
+
+
+def _candidate_slices(candidates: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each slice and candidate, those of one slice together in the candidates' order."""
+    rows = [
+        {"kind": kind, "label": label, "trial": found["trial"], **figures}
+        for found in candidates
+        for kind, part in found["slices"].items()
+        for label, figures in part.items()
+    ]
+    return sorted(rows, key=lambda row: (row["kind"], row["label"]))
 
 
 def _quarantined(curated_folder: Path) -> list[dict[str, Any]]:

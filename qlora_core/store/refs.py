@@ -89,6 +89,30 @@ def add_ref(backend: Backend, kind: str, name: str, addresses: Iterable[str], no
     )
 
 
+def set_ref(backend: Backend, kind: str, name: str, addresses: Iterable[str], note: str = "") -> Ref:
+    """Let a reference keep exactly these artifacts from now on, whatever it kept before: the last writer's stands.
+
+    Raises StoreError where one of them is gone; what was kept before is kept no more even then.
+    """
+    if kind == PIN or not _KIND.fullmatch(kind):
+        raise StoreError(f"kind {kind!r} of a reference is not allowed: lower-case letters, digits, _ and -, not 'pin'")
+    wanted = tuple(sorted(set(addresses)))
+    _check_addresses(wanted)
+    ref = Ref(name=name, kind=kind, addresses=wanted, created=datetime.now(UTC), note=note)
+    for _ in range(_ATTEMPTS):
+        if _write(backend, ref, backend.read(ref.record_name)):
+            _settle(backend, ref, wanted, fresh=True)
+            return ref
+    raise StoreError(
+        f"{backend.location}: the reference {kind} {name} changes all the time; run the same command again"
+    )
+
+
+def read_ref(backend: Backend, kind: str, name: str) -> Ref | None:
+    """The reference of that kind and name; None where there is none. Raises CorruptArtifactError for an unsound one."""
+    return _read(backend, _record_name(kind, name))
+
+
 def list_refs(backend: Backend, faults: dict[str, str] | None = None) -> list[Ref]:
     """Every pin and ref. Raises CorruptArtifactError for one that cannot be read: what it keeps is not known then.
 

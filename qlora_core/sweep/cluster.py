@@ -8,6 +8,7 @@ workers do: any class with `load()`, `stop()`, `come_back()` and methods that ta
 """
 
 import logging
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from typing import Any
 
 from qlora_core.config.compute import ComputeConfig
 from qlora_core.errors import LeaseLostError, QloraError, SweepError
+from qlora_core.sweep.fair_share import fair_shares
 from qlora_core.sweep.pool import Outcome
-from qlora_core.sweep.ray_connection import resources_in_words
+from qlora_core.sweep.ray_connection import node_is_gone, resources_in_words
 
 MOST_CPU_WORKERS = 4
 CPU_ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "131072"}
@@ -28,8 +30,8 @@ _STOP_GRACE_S = 60.0
 _WATCH_EVERY_S = 2.0
 """How often nodes are asked for: what a look at them costs is a few milliseconds on the head."""
 
-_NODE_NEWS_S = 5.0
-"""How long the head may take to learn that a node is gone after the first call to it failed."""
+_WAITS = ("DEPENDENCIES_UNREADY", "PENDING_CREATION")
+"""What Ray calls an actor that has no place yet."""
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -62,6 +64,8 @@ class Cluster:
         self._up_since_none = time.monotonic()
         self._next_look = 0.0
         self._ended_s = 0.0
+        self._fleet = secrets.token_hex(4)
+        self._told_of_others = False
 
     def __enter__(self) -> "Cluster":
         import ray
@@ -192,16 +196,65 @@ class Cluster:
                 _LOGGER.info("%s has been idle for %g s and ends", name, self._compute.idle_worker_s)
                 self._end(name)
                 spare -= 1
-        missing = min(self._limit(ray.cluster_resources()), self._expected) - len(self._slots)
-        for _ in range(missing):
+        resources = ray.cluster_resources()
+        wanted = min(self._limit(resources), self._expected)
+        share = self._share(resources, wanted)
+        self._leave_to_others(share)
+        for _ in range(share - len(self._slots)):
             self._start()
+
+    def _share(self, resources: Mapping[str, float], wanted: int) -> int:
+        """How many of `wanted` workers this sweep may have beside the others on the cluster."""
+        import ray
+
+        others = self._other_sweeps()
+        if not others:
+            return wanted
+        own = ray.get_runtime_context().get_job_id()
+        slots = int(resources.get("GPU" if self._options["num_gpus"] else "CPU", 0))
+        share = fair_shares(slots, {**others, own: wanted})[own]
+        if share < wanted and not self._told_of_others:
+            self._told_of_others = True
+            _LOGGER.info("%d other sweeps share %d slots; this one has %d of them", len(others), slots, share)
+        return share
+
+    def _leave_to_others(self, share: int) -> None:
+        """Let go of workers beyond the share, if others wait for them: those that do least first, then the youngest."""
+        cheap = {"starting": 0, "loading": 1, "idle": 2, "busy": 3}
+        staying = [name for name, slot in reversed(self._slots.items()) if not slot.draining]
+        surplus = len(staying) - max(share, 0)
+        if surplus <= 0 or not self._other_sweeps(waiting=True):
+            return
+        for name in sorted(staying, key=lambda name: cheap[self._slots[name].phase])[:surplus]:
+            _LOGGER.info("%s leaves its slot to another sweep; its trials go on here", name)
+            self.drain(name)
+
+    def _other_sweeps(self, *, waiting: bool = False) -> dict[str, int]:
+        """By job, how many workers other sweeps have or wait for; with `waiting`, only how many they wait for."""
+        import ray
+        from ray._private.state import state
+
+        own = ray.get_runtime_context().get_job_id()
+        found: dict[str, int] = {}
+        for phase in _WAITS if waiting else (*_WAITS, "ALIVE"):
+            for actor in state.actor_table(None, None, phase).values():
+                job = actor["JobID"]
+                if job != own and actor["Name"].startswith(self._kind):
+                    found[job] = found.get(job, 0) + 1
+        return found
+
+    @property
+    def _kind(self) -> str:
+        return f"qlora-{'gpu' if self._options['num_gpus'] else 'cpu'}-"
 
     def _start(self) -> None:
         import ray
 
         name = f"worker-{self._started}"
         self._started += 1
-        actor = ray.remote(self._worker_class).options(**self._options).remote(**self._arguments)
+        # By this name other sweeps on the cluster know it for what it is.
+        options = {**self._options, "name": f"{self._kind}{self._fleet}-{name}"}
+        actor = ray.remote(self._worker_class).options(**options).remote(**self._arguments)
         self._slots[name] = _Slot(actor, "starting", actor.__ray_call__.remote(_own_node))
 
     def _end(self, worker: str) -> None:
@@ -256,7 +309,7 @@ class Cluster:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         text = lines[0] if lines else type(error).__name__
         slot = self._slots[name]
-        preempted = slot.draining or _node_is_gone(slot.node, error)
+        preempted = slot.draining or node_is_gone(slot.node, error)
         _LOGGER.warning("%s %s while %s: %s", name, "lost its node" if preempted else "died", phase, text)
         if phase != "busy" and not preempted:
             self._failed_starts += 1
@@ -274,6 +327,10 @@ class Cluster:
         elif time.monotonic() - self._up_since_none > self._compute.worker_start_timeout_s:
             import ray
 
+            if others := self._other_sweeps():
+                _LOGGER.info("%d other sweeps hold the cluster; waiting for a slot", len(others))
+                self._up_since_none = time.monotonic()
+                return
             raise SweepError(
                 f"no worker came up within {self._compute.worker_start_timeout_s:g} s; each needs "
                 f"{_needs(self._options)}, and the cluster has {resources_in_words(ray.cluster_resources())}; "
@@ -299,23 +356,6 @@ def _draining_nodes() -> set[str]:
     from ray._private.state import state
 
     return set(state.get_draining_nodes())
-
-
-def _node_is_gone(node: str | None, error: Exception) -> bool:
-    """Whether a worker died because its node did. Where a call only failed to reach it, that may take a moment."""
-    import ray
-    from ray.exceptions import ActorUnavailableError
-
-    if getattr(error, "preempted", False):
-        return True
-    deadline = time.monotonic() + (_NODE_NEWS_S if isinstance(error, ActorUnavailableError) else 0.0)
-    while node is not None:
-        if not any(entry["Alive"] and entry["NodeID"] == node for entry in ray.nodes()):
-            return True
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(0.2)
-    return False
 
 
 def _actor_options(*, gpu: bool) -> dict[str, Any]:

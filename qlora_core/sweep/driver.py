@@ -17,8 +17,9 @@ from qlora_core.sweep.brackets import Brackets, allot, bracket_shares
 from qlora_core.sweep.cohort import Cohort, refused
 from qlora_core.sweep.halving import Halving
 from qlora_core.sweep.pool import WorkerPool
+from qlora_core.sweep.prediction import predicted_work
 from qlora_core.sweep.record import TrialRecord
-from qlora_core.sweep.rungs import TrialLength, expected_steps, plan_rungs, rungs_of
+from qlora_core.sweep.rungs import TrialLength, plan_rungs, rungs_of
 from qlora_core.sweep.scheduler import Scheduler
 from qlora_core.sweep.space import cohort_size, trial_count, trial_params
 from qlora_core.sweep.study import SweepStudy
@@ -60,20 +61,15 @@ class SweepDriver:
         self._on_trial = on_trial
 
     def predicted(self) -> tuple[float, float]:
-        """Optimizer steps and trained tokens that the sweep's trials will take when nothing fails.
+        """Optimizer steps and trained tokens that the sweep will take when nothing fails.
 
-        Trials are counted as long as the `train` section as it stands, and as halved by rungs; brackets are not.
+        Trials are counted as long as the `train` section as it stands; see `predicted_work`.
         """
         try:
             length = self._length_of(self._train)
         except SweepError:
             return 0.0, 0.0
-        pruning, size = self._sweep.pruning, cohort_size(self._sweep)
-        steps = 0.0
-        for first in range(0, trial_count(self._sweep), size):
-            cohort = {f"t{n}": length for n in range(min(size, trial_count(self._sweep) - first))}
-            steps += expected_steps(plan_rungs(cohort, pruning), pruning.reduction_factor)
-        return steps, steps * length.tokens_per_step
+        return predicted_work(self._sweep, length)
 
     def run(self, pool: WorkerPool) -> list[TrialRecord]:
         """Finish every trial of the sweep, from where an earlier driver had left it; the records in the order drawn."""

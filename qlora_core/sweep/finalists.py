@@ -53,6 +53,28 @@ def best_trial(
     return min(within, key=lambda pair: ((pair[0].values(others) or []), pair[1], pair[0].number))[0]
 
 
+def ranked_trials(
+    records: Sequence[TrialRecord], sweep: SweepConfig, finals: Mapping[str, Any] | None, best: TrialRecord, count: int
+) -> list[TrialRecord]:
+    """The `count` best complete trials, `best` first; fewer where fewer are complete.
+
+    Each next one is what `best_trial` says of those left: finalists first, by their mean over seeds as `finals` (see
+    `Finals.run`; None without finalists) has it, then the others by their own loss.
+    """
+    means = {row["trial"]: row["mean"] for row in finals["finalists"]} if finals is not None else {}
+    left = [record for record in records if record.id != best.id]
+    ranked = [best]
+    while len(ranked) < count:
+        finalists = [record for record in left if record.id in means]
+        known = {record.id: means[record.id] for record in finalists}
+        following = best_trial(finalists or left, sweep, known)
+        if following is None:
+            break
+        ranked.append(following)
+        left.remove(following)
+    return ranked
+
+
 def mean_interval(losses: Sequence[float], confidence: float) -> tuple[float, float | None, float | None]:
     """The mean and the ends of its t interval: mean -+ t(n - 1, (1 + confidence) / 2) s / sqrt(n), s over n - 1.
 

@@ -1,4 +1,4 @@
-"""A connection to Ray: to a running cluster by its address, else to a local one that ends with the block.
+"""A connection to Ray: to a running cluster by its address, else to a local one that ends with the block; its nodes.
 
 With `cluster`, the only home of `ray`. Knows nothing of workers.
 """
@@ -9,7 +9,8 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,9 @@ _OBJECT_STORE_BYTES = 100_000_000
 _CONNECT_TIMEOUT_S = 10.0
 _DEFAULT_TOKEN_FILE = Path("~/.ray/auth_token")
 """Where Ray itself looks for a token."""
+
+_GOING_S, _UNREACHED_S = 1.0, 5.0
+"""How long a node may still take connections after its worker has died, or a call to the worker has failed."""
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _LOGGER = logging.getLogger(__name__)
@@ -92,7 +96,8 @@ def _start_or_join(address: str | None, workers: int | None) -> None:
         _start_local(max(_cores(), workers or 1), common)
         return
     try:
-        ray.init(address=address, **common)
+        with _loopback_kept(address):
+            ray.init(address=address, **common)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         ray.shutdown()
         raise _explained(address, error) from error
@@ -119,15 +124,41 @@ def _start_local(slots: int, common: Mapping[str, Any]) -> None:
             return
 
 
+@contextmanager
+def _loopback_kept(address: str) -> Iterator[None]:
+    """Ray takes a loopback address for the machine's own, where a head that is bound to loopback does not listen."""
+    from ray._private import ray_constants, services
+
+    host, port = _host_and_port(address)
+    if host not in _LOOPBACK or port is None or _refusal(services.get_node_ip_address(), port) is None:
+        yield
+        return
+    kept, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False  # one machine, by its loopback
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = kept
+
+
 def _check_answers(address: str) -> None:
     # Ray itself would try for minutes.
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
+    host, port = _host_and_port(address)
+    if port is not None and (error := _refusal(host, port)) is not None:
         raise _unreachable(address, error) from error
+
+
+def _refusal(host: str, port: int, timeout_s: float = _CONNECT_TIMEOUT_S) -> OSError | OverflowError | None:
+    """Why nothing takes a connection there; None: something does."""
+    try:
+        socket.create_connection((host, port), timeout=timeout_s).close()
+    except (OSError, OverflowError) as error:
+        return error
+    return None
+
+
+def _host_and_port(address: str) -> tuple[str, int | None]:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    return host.strip("[]"), int(port) if port.isdigit() else None
 
 
 def _has_token() -> bool:
@@ -136,7 +167,7 @@ def _has_token() -> bool:
 
 
 def _check_token(address: str) -> None:
-    host = address.removeprefix("ray://").rpartition(":")[0].strip("[]")
+    host, _ = _host_and_port(address)
     if host and host not in _LOOPBACK and not _has_token():
         raise SweepError(
             f"compute.ray_address {address!r} is beyond this machine and there is no token: start its cluster with "
@@ -145,17 +176,18 @@ def _check_token(address: str) -> None:
 
 
 def _explained(address: str, error: Exception) -> SweepError:
-    text = str(error)
-    if "Version mismatch" in text:
-        found = " ".join(text.split())
+    told = list(_chain(error))
+    if (found := _first_with("Version mismatch", told)) is not None:
+        found = " ".join(found.split())
         return SweepError(
             f"the Ray cluster at {address!r} runs other versions than this process: {found}; run the command in the "
             "image that the cluster's nodes run, or rebuild theirs from infra/docker"
         )
-    if type(error).__name__ == "AuthenticationError" or "uthenticat" in text or "token" in text.lower():
+    refused = _first_with("AuthToken", told) or _first_with("uthenticat", told) or _first_with("token", told)
+    if refused is not None:
         return SweepError(
             f"the Ray cluster at {address!r} refuses the token in RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH): "
-            f"{_first_line(text)}; use the token that its head was started with"
+            f"{_first_line(refused)}; use the token that its head was started with"
         )
     return _unreachable(address, error)
 
@@ -165,6 +197,17 @@ def _unreachable(address: str, error: Exception) -> SweepError:
         f"no Ray cluster answers at compute.ray_address {address!r}: {_first_line(str(error))}; check address, network "
         "and RAY_AUTH_TOKEN, or leave the key out to use this machine"
     )
+
+
+def _chain(error: BaseException | None) -> Iterator[str]:
+    """What was said, and what stood behind it: Ray hides a refused token under a failure to connect."""
+    while error is not None:
+        yield str(error)
+        error = error.__cause__ or error.__context__
+
+
+def _first_with(word: str, told: Iterable[str]) -> str | None:
+    return next((text for text in told if word in text), None)
 
 
 def _first_line(text: str) -> str:
@@ -198,3 +241,27 @@ def cluster_resources(compute: ComputeConfig) -> str:
 def resources_in_words(resources: Mapping[str, float]) -> str:
     """GPUs and CPUs of what Ray calls resources."""
     return f"{resources.get('GPU', 0):g} GPUs and {resources.get('CPU', 0):g} CPUs"
+
+
+def node_is_gone(node: str | None, error: Exception) -> bool:
+    """Whether a worker died because its node did.
+
+    The head calls a node dead once half a minute of its heartbeats are missing, so the node itself is asked: one that
+    takes no connections is gone. It may be going just now, and so is asked again for a moment.
+    """
+    import ray
+    from ray.exceptions import ActorUnavailableError
+
+    if getattr(error, "preempted", False):
+        return True
+    deadline = time.monotonic() + (_UNREACHED_S if isinstance(error, ActorUnavailableError) else _GOING_S)
+    while node is not None:
+        entry = next((entry for entry in ray.nodes() if entry["NodeID"] == node), None)
+        if entry is None or not entry["Alive"]:
+            return True
+        if _refusal(entry["NodeManagerAddress"], entry["NodeManagerPort"], timeout_s=_GOING_S) is not None:
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.2)
+    return False

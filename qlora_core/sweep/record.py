@@ -8,6 +8,7 @@ from typing import Any
 STORED = (
     "loss", "steps", "total_steps", "seconds", "tokens", "optimizer", "error", "curve", "rungs", "deaths", "recoveries",
     "micro_batch_size", "preemptions", "alone", "adapter_parameters",
+    "reward_accuracy",
 )  # fmt: skip
 """Fields kept in the study beside a trial's parameters and state."""
 
@@ -24,6 +25,7 @@ class TrialRecord:
     per optimizer step. `seconds` is what workers spent on it, repeated work included. `deaths` counts workers that
     died while training it and `preemptions` those whose node went away, `recoveries` are its roll-backs and
     `micro_batch_size` the rows computed at a time (see TrialProgress). `adapter_parameters`: trained numbers of it.
+    `reward_accuracy` belongs to `loss` and is there for preference pairs only, as in their rungs.
 
     `worker` has it, or had it last; `reached` is the number of the deepest rung it was let go on to. `alone`: no
     neighbour is to share its fate. `role`: trial, or a finalist's extra run "seed" or "check" of the trial `of`.
@@ -47,6 +49,7 @@ class TrialRecord:
     preemptions: int = 0
     alone: bool = False
     adapter_parameters: int | None = None
+    reward_accuracy: float | None = None
     worker: str | None = None
     reached: int = 0
     role: str = "trial"
@@ -85,7 +88,9 @@ class TrialRecord:
         loss = progress["validation_loss"]
         if loss is not None and math.isfinite(loss):
             self.loss = loss
-            self.rungs.append({"step": progress["step"], "loss": loss})
+            self.reward_accuracy = accuracy = progress.get("reward_accuracy")
+            known = {} if accuracy is None else {"reward_accuracy": accuracy}
+            self.rungs.append({"step": progress["step"], "loss": loss, **known})
 
     def stored(self) -> dict[str, Any]:
         """The fields the study keeps, as JSON data."""

@@ -9,7 +9,7 @@ from its checkpoint in the store. Knows where things are kept; the driver knows 
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from qlora_core.sweep.adapter_card import write_adapter_card
 from qlora_core.sweep.cluster import MOST_CPU_WORKERS, Cluster
 from qlora_core.sweep.cost import actual_cost, cost_line, predicted_cost, seconds_per_token
 from qlora_core.sweep.driver import SweepDriver
-from qlora_core.sweep.finalists import Finals, best_trial, front
+from qlora_core.sweep.finalists import Finals, best_trial, front, ranked_trials
 from qlora_core.sweep.keeper import work_name
 from qlora_core.sweep.live_table import SweepView, live_table
 from qlora_core.sweep.lock import DRIVER_LOCK, OTHER_DRIVER_S, exclusive_lock
@@ -41,6 +41,7 @@ from qlora_core.sweep.ray_connection import ray_connection
 from qlora_core.sweep.record import TrialRecord
 from qlora_core.sweep.rungs import TrialLength
 from qlora_core.sweep.space import cohort_size, trial_count
+from qlora_core.sweep.speed import note_speed, speed_key
 from qlora_core.sweep.study import STUDY, SweepStudy, open_study, set_aside
 from qlora_core.sweep.trial_length import trained_rows
 from qlora_core.sweep.worker import SweepWorker
@@ -48,6 +49,10 @@ from qlora_core.training.memory.machine import local_device
 from qlora_core.training.memory.parts import adapter_sizes
 from qlora_core.training.memory.plan import MemoryPlan
 from qlora_core.training.memory.shapes import read_shapes
+from qlora_core.training.step_tail import StepTail, copy_diaries
+
+STEPS = "steps"
+"""In a sweep's result, the folder of its step diaries."""
 
 OnRow = Callable[[dict[str, Any]], None]
 _LOGGER = logging.getLogger(__name__)
@@ -74,6 +79,8 @@ class SweepWork:
     lease: str = ""
     inputs: Mapping[str, str] = field(default_factory=dict)
     original_folder: Path | None = None
+    start_folder: Path | None = None
+    """The PEFT folder that every trial begins from; None: from scratch."""
 
     @property
     def kept(self) -> dict[str, Any] | None:
@@ -108,13 +115,16 @@ def run_sweep(
 ) -> dict[str, Any]:
     """Train the sweep's trials and write `sweep.json` and `adapter/` (the best trial's PEFT folder) into `out`.
 
+    Where the sweep has several candidates, `adapters/<trial>/` has the PEFT folder of each, the best one's too.
+    `steps/<trial>/steps.jsonl` has what every step of a trial cost (see `training.step_log`).
+
     `on_trial` is called in this process with a trial's row as in `sweep.json` whenever the trial changed, and once
     for each trial when it is taken up again after an interruption (`state` is "waiting" until it is finished).
 
     Returns what `sweep.json` holds: `method`, `varied` (names in the search space), `trials`, `best` (a trial's id),
-    `objectives` and `front` (ids of trials no other beats in all of them), `finals` (see `Finals.run`; None without
-    finalists), `cost` (`predicted` and `actual`, see `cost`), `memory` (how the largest trial was planned to run and
-    why; None where the workers are elsewhere).
+    `candidates` (ids of the exported trials, best first), `objectives` and `front` (ids of trials no other beats in all
+    of them), `finals` (see `Finals.run`; None without finalists), `cost` (`predicted` and `actual`, see `cost`),
+    `memory` (how the largest trial was planned to run and why; None where the workers are elsewhere).
     Raises SweepError when no trial finished, listing every trial's error; the next call then tries all of them again;
     and, before anything is loaded, when the study cannot be written. Raises TrainingError, before anything is loaded,
     when no trial fits this machine's memory, and LeaseLostError when another machine has taken the sweep over.
@@ -129,7 +139,8 @@ def run_sweep(
             errors = "; ".join(f"{record.id}: {record.error}" for record in found.records)
             raise SweepError(f"none of {len(found.records)} trials finished: {errors} (the study is kept as {kept})")
         summary = found.summary(sweep)
-        shutil.copytree(_export_folder(work, found.best), out / "adapter", dirs_exist_ok=True)
+        _copy_adapters(work, found.candidates, out)
+        copy_diaries(work.trials_dir, [record.id for record in found.records], out / STEPS)
         (out / "sweep.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
         if sweep.storage is not None:
             # The checkpoints go once this is stored; a study that speaks of them must not be taken up again.
@@ -140,10 +151,15 @@ def run_sweep(
 @dataclass(frozen=True)
 class _Result:
     records: list[TrialRecord]
-    best: TrialRecord | None
+    candidates: list[TrialRecord]
     finals: dict[str, Any] | None
     cost: dict[str, Any]
     memory: dict[str, Any] | None
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The winner; None where no trial finished."""
+        return self.candidates[0] if self.candidates else None
 
     def summary(self, sweep: SweepConfig) -> dict[str, Any]:
         """What `sweep.json` holds."""
@@ -152,6 +168,7 @@ class _Result:
             "varied": sorted(sweep.space),
             "trials": [record.row() for record in self.records],
             "best": None if self.best is None else self.best.id,
+            "candidates": [record.id for record in self.candidates],
             "objectives": list(sweep.objectives),
             "front": [record.id for record in front(self.records, sweep.objectives)],
             "finals": self.finals,
@@ -186,26 +203,59 @@ class _Run:
         driver = self._driver(together, refuse)
         cluster = Cluster(SweepWorker, self._arguments(execution), self._compute, most=cohort_size(self._sweep))
         steps, tokens = driver.predicted()
-        view = SweepView(trial_count(self._sweep), tokens, self._compute.price_per_gpu_hour)
+        diaries = StepTail(self._work.trials_dir)
+        view = SweepView(trial_count(self._sweep), tokens, self._compute.price_per_gpu_hour, diaries)
         with ray_connection(self._compute.ray_address, self._compute.workers), cluster, live_table(view) as show:
             self._show = show
             records = driver.run(cluster)
-            best, finals = self._choose(driver, cluster, records)
-            if best is not None:
-                _export(cluster, best, self._work, self._sweep.max_attempts)
+            candidates, finals = self._choose(driver, cluster, records)
+            candidates = self._export(cluster, candidates)
             held = cluster.worker_seconds
+        self._note_speed(records)
         price = self._compute.price_per_gpu_hour
         predicted = predicted_cost(steps, tokens, self._rate, price)
         actual = actual_cost([*records, *self._study.extras()], price, worker_seconds=held)
         _LOGGER.info("sweep: %s", cost_line(predicted, actual))
-        return _Result(records, best, finals, {"predicted": predicted, "actual": actual}, plan_record(plan))
+        cost = {"predicted": predicted, "actual": actual}
+        return _Result(records, candidates, finals, cost, plan_record(plan))
+
+    def _note_speed(self, records: Sequence[TrialRecord]) -> None:
+        """Keep how fast this base trains here, for the next plan."""
+        parameters = read_shapes(self._work.quantized_folder).parameters
+        key = speed_key(parameters, self._compute.ray_address or local_device()[0])
+        seconds, tokens = (sum(getattr(record, name) for record in records) for name in ("seconds", "tokens"))
+        note_speed(self._work.work_dir.parent, key, seconds, int(tokens))
 
     def _choose(
         self, driver: SweepDriver, cluster: Cluster, records: list[TrialRecord]
-    ) -> tuple[TrialRecord | None, dict[str, Any] | None]:
+    ) -> tuple[list[TrialRecord], dict[str, Any] | None]:
+        """The candidates, the winner first; none where no trial is complete."""
         if self._sweep.finalists is None:
-            return best_trial(records, self._sweep), None
-        return Finals(driver, self._sweep, self._sweep.finalists).run(cluster, records)
+            best, finals = best_trial(records, self._sweep), None
+        else:
+            best, finals = Finals(driver, self._sweep, self._sweep.finalists).run(cluster, records)
+        if best is None:
+            return [], None
+        wanted = self._sweep.candidates
+        candidates = ranked_trials(records, self._sweep, finals, best, wanted)
+        if len(candidates) < wanted:
+            _LOGGER.warning("%d of %d candidates: no more trials are complete", len(candidates), wanted)
+        return candidates, finals
+
+    def _export(self, cluster: Cluster, candidates: Sequence[TrialRecord]) -> list[TrialRecord]:
+        """Those whose adapters are in the work folder now. Without the best's there is no result; another is told."""
+        exported = []
+        for place, record in enumerate(candidates):
+            try:
+                _export(cluster, record, self._work, self._sweep.max_attempts)
+            except SweepError as error:
+                if place == 0:
+                    raise
+                _LOGGER.warning("trial %s is no candidate: %s", record.id, error)
+                record.error = f"no candidate: {error}"
+                continue
+            exported.append(record)
+        return exported
 
     def _driver(self, together: int, refuse: Refuse) -> SweepDriver:
         rows = trained_rows(self._work.curated_folder, self._train.objective)
@@ -240,6 +290,7 @@ class _Run:
             "curated_folder": str(self._work.curated_folder.resolve()),
             "trials_dir": str(self._work.trials_dir.resolve()),
             "original_folder": str(original.resolve()) if (original := self._work.original_folder) else None,
+            "start_folder": str(start.resolve()) if (start := self._work.start_folder) else None,
             "precision": self._train.precision,
             "kept": self._work.kept,
             **execution,
@@ -283,6 +334,13 @@ def _call(cluster: Cluster, method: str, *arguments: Any) -> Outcome:
         for outcome in cluster.wait(1.0):
             if outcome.task == method:
                 return outcome
+
+
+def _copy_adapters(work: SweepWork, candidates: Sequence[TrialRecord], out: Path) -> None:
+    shutil.copytree(_export_folder(work, candidates[0]), out / "adapter", dirs_exist_ok=True)
+    if len(candidates) > 1:
+        for record in candidates:
+            shutil.copytree(_export_folder(work, record), out / "adapters" / record.id, dirs_exist_ok=True)
 
 
 def _export_folder(work: SweepWork, record: TrialRecord) -> Path:

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from qlora_core.config.train import TrainConfig
 from qlora_core.data.dataset import TokenRow
-from qlora_core.digest import digest_json
+from qlora_core.digest import digest_file, digest_json
 from qlora_core.errors import NumericError, TrainingError
+from qlora_core.model.adapter import WEIGHTS_FILE
 from qlora_core.model.base import PRECISIONS
 from qlora_core.model.encoder_decoder import is_encoder_decoder
 from qlora_core.model.packed_attention import check_isolation
@@ -42,6 +43,7 @@ from qlora_core.training.step_log import StepLog
 from qlora_core.training.trial import Trial, TrialProgress
 from qlora_core.training.trial_run import TrialRun
 from qlora_core.training.trial_shelf import TrialShelf
+from qlora_core.training.warm_start import start_from
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ class Trainer:
     `packs` lists training rows by sequence, as `read_packs` gives them. Then a batch is made of sequences, and
     `micro_batch_size` counts these; the loss stays the mean over trained tokens. Validation rows are never packed, and
     batches of preference pairs are made of pairs. `original` is the folder of the checkpoint that the base was
-    quantized from, for starts that need it.
+    quantized from, for starts that need it; `start` the PEFT folder that every trial begins from, if one.
 
     Raises TrainingError at once for data no trial can be trained on: no rows, all labels masked, rows longer than the
     base's positions, tokens outside its vocabulary, packs of other rows; and ModelError for packs on a base that does
@@ -89,10 +91,12 @@ class Trainer:
         packs: Sequence[Sequence[str]] | None = None,
         limits: PassLimits | None = None,
         original: Path | None = None,
+        start: Path | None = None,
     ) -> None:
         self._base = base
         self._limits = limits or PassLimits()
         self._original = original
+        self._start = start
         self._train = trainable_rows(train, "train")
         sequences: Sequence[TokenRow] = self._train if packs is None else packed_rows(self._train, packs)
         self._validation = trainable_rows(validation, "validation")
@@ -112,6 +116,8 @@ class Trainer:
             if not self._pack.end_to_end:  # which is to keep documents apart already
                 check_isolation(base)
             inputs["packed sequences"] = digest_json([list(ids) for ids in packs])
+        if start is not None:
+            inputs["start"] = digest_file(start / WEIGHTS_FILE)
         self._shelf = TrialShelf(work_dir, inputs, keeper)
         self._objectives = Objectives(self._pack, self._train, sequences, self._validation)
         self._log = StepLog(work_dir, base.device)
@@ -209,6 +215,8 @@ class Trainer:
         examples = self._objectives.examples(trial.params.objective)
         config = lora_config(self._base, trial.params, self._modules(trial))
         slot = self._pack.fill(config, trial.params.seed, self._residuals(trial.params))
+        if self._start is not None:
+            start_from(self._pack.weights(slot), self._start, trial.params)
         return TrialRun(trial, slot, self._pack.weights(slot), examples, most_rows=self._limits.most_rows)
 
     def _modules(self, trial: Trial) -> list[str] | None:
@@ -342,6 +350,7 @@ class _Segment:
 
     def close(self) -> None:
         """Free every slot."""
+        self._trainer._log.flush()
         with ExitStack() as stack:
             for run in self._runs.values():
                 stack.callback(self._trainer._end, run)

@@ -33,7 +33,14 @@ def test_config_that_init_writes_loads(tmp_path: Path) -> None:
 
 def test_promised_deployments_are_there() -> None:
     flows = {f"{_flow(deployment).name}/{deployment['name']}" for deployment in DEPLOYMENTS}
-    assert flows == {"retrain/nightly", "sweep/fleet", "evaluate/adhoc", "promote/manual"}
+    assert flows == {
+        "retrain/nightly",
+        "sweep/fleet",
+        "evaluate/adhoc",
+        "promote/manual",
+        "tidy/hourly",
+        "shadow/rounds",
+    }
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda deployment: deployment["name"])

@@ -35,7 +35,7 @@ def test_commands_are_those_promised() -> None:
     assert sorted(DESCRIBED) == [
         *(f"adapter {name}" for name in ("bisect", "diff", "export", "inspect")),
         "agreement", "benchmark", "chat", "compose", "curate", "doctor", "evaluate", "gate", "history", "init",
-        "judge certify", "merge",
+        "judge certify", "judge preferences", "merge",
         "perplexity", "plan", "promote", "quantize", "rollback",
         "run", "serve", *(f"store {name}" for name in STORE_COMMANDS), "sweep", "tournament",
         "vote export", "vote import", "vote serve",

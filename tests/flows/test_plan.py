@@ -15,7 +15,10 @@ def test_plan_shows_memory_and_json_holds_its_parts(tiny_project: Path, capfd: p
     for line in ("memory of a worker, MiB", "activation", "runs dense, without gradient checkpointing"):
         assert line in shown.output
     assert CliRunner().invoke(app, ["plan", str(tiny_project), "--json"]).exit_code == 0
-    memory = json.loads(capfd.readouterr().out)["memory"]
+    planned = json.loads(capfd.readouterr().out)
+    memory = planned["memory"]
+    assert planned["sweep"]["trials"] == len(planned["trials"])
+    assert planned["sweep"]["worker_seconds"] is None and "curate" in planned["sweep"]["note"]
     kept = {"quantized_base_bytes", "adapter_bytes", "optimizer_bytes", "logits_bytes", "floor_bytes"}
     gained = {
         "training", "validation", "residency", "gradient_checkpointing", "micro_batch_size", "peak_bytes",
@@ -33,3 +36,33 @@ def test_plan_of_a_job_that_cannot_fit_names_a_remedy(tiny_project: Path) -> Non
     assert shown.exit_code == 0
     assert "could run scratch, without gradient checkpointing, micro-batches of 1 x 1000000007" in shown.output
     assert "set train.micro_batch_size: 1 with train.gradient_accumulation_steps: 1000000007" in shown.output
+
+
+def test_plan_prices_the_sweep_once_its_data_is_there(tiny_project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from qlora_core.config.load import load_config
+    from qlora_core.pipeline.pipeline import Pipeline
+    from qlora_core.sweep.speed import note_speed, speed_key
+    from qlora_core.training.memory.machine import local_device
+    from qlora_core.training.memory.shapes import read_shapes
+
+    job = Pipeline(load_config(tiny_project))
+    job.run("curate")
+    base = job.job.external_base
+    assert base is not None
+    priced = ["plan", str(tiny_project), "--json", "--set", "compute.price_per_gpu_hour=3600"]
+
+    assert CliRunner().invoke(app, priced).exit_code == 0
+    first = json.loads(capfd.readouterr().out)["sweep"]
+    assert first["steps"] > 0 and first["tokens"] > first["steps"]
+    assert first["worker_seconds"] == pytest.approx(first["tokens"] * first["seconds_per_token"], abs=0.06)
+    assert "estimated" in first["basis"] or "not known" in first["basis"]
+
+    folder = job.job.config.work_dir / "sweeps"
+    folder.mkdir(parents=True)
+    note_speed(folder, speed_key(read_shapes(base.folder).parameters, local_device()[0]), 50.0, 1000)
+    assert CliRunner().invoke(app, priced).exit_code == 0
+    second = json.loads(capfd.readouterr().out)["sweep"]
+    assert (second["steps"], second["tokens"]) == (first["steps"], first["tokens"])
+    assert second["seconds_per_token"] == 0.05 and "measured" in second["basis"]
+    # At 3600 an hour, a worker-second costs 1.
+    assert second["cost"] == pytest.approx(second["tokens"] * 0.05, rel=1e-3)

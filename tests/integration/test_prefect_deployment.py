@@ -43,7 +43,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, make_project: Callable[[Pa
 def deployed(
     prefect_server: dict[str, str], background: Background, project: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
-    env = {**prefect_server, "QLORA_CONFIG": str(project)}
+    env = {**prefect_server, "QLORA_CONFIG": str(project), "QLORA_POOL": "local"}
     prefect(env, "work-pool", "create", "local", "--type", "process")
     prefect(env, "deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
     log = tmp_path_factory.mktemp("worker") / "worker.log"
@@ -60,6 +60,16 @@ def test_deployment_run_by_name_registers_an_adapter(deployed: dict[str, str], p
     (summary,) = (json.loads(path.read_text()) for path in project.parent.glob(".qlora/runs/*/summary.json"))
     assert summary["model_version"] == "1"
     assert {trial["steps"] for trial in summary["trials"] if trial["state"] == "complete"} == {4}
+
+
+def test_second_run_without_new_data_does_nothing_in_under_ten_seconds(deployed: dict[str, str], project: Path) -> None:
+    overrides = json.dumps(["train.max_steps=4"])
+    prefect(deployed, "deployment", "run", "retrain/nightly", "-p", f"overrides={overrides}", "--watch")
+    completed = {"state": {"type": {"any_": ["COMPLETED"]}}}
+    finished = runs(deployed, flow_runs=completed, deployments={"name": {"any_": ["nightly"]}})
+    (idle,) = (run for run in finished if run["state"]["message"] == "no new data, no GPU")
+    assert idle["total_run_time"] < 10
+    assert len(list(project.parent.glob(".qlora/runs/*/summary.json"))) == 1
 
 
 def test_deployment_run_leaves_its_tables_and_verdict_in_the_ui(deployed: dict[str, str]) -> None:

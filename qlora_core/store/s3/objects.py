@@ -1,9 +1,10 @@
 """Objects that others put into a bucket, to be read as they are. Knows nothing of stores and their layout."""
 
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_core.errors import StoreError
 from qlora_core.store.s3.client import S3Client
@@ -13,6 +14,14 @@ from qlora_core.store.s3.stream import ObjectStream
 _CONNECT_TIMEOUT_S = 5.0
 _READ_TIMEOUT_S = 60.0
 _DEADLINE_S = 120.0
+
+
+class SeenObject(NamedTuple):
+    """An object as a listing shows it."""
+
+    key: str
+    size_bytes: int
+    etag: str
 
 
 class S3Objects:
@@ -27,13 +36,21 @@ class S3Objects:
 
     def list(self, bucket: str, prefix: str) -> list[str]:
         """The keys under a prefix, sorted; those that end with a slash, which stand for folders, are left out."""
-        keys: list[str] = []
+        return [found.key for found in self.look(bucket, prefix)]
+
+    def look(self, bucket: str, prefix: str) -> Sequence[SeenObject]:
+        """What `list` lists, with size and ETag: an object written anew has another ETag, and nothing is read."""
+        seen: list[SeenObject] = []
         marker: dict[str, Any] = {}
         while True:
             page = self._client(bucket).ask("list_objects_v2", Prefix=prefix, **marker)
-            keys += [found["Key"] for found in page.get("Contents", []) if not found["Key"].endswith("/")]
+            seen += [
+                SeenObject(found["Key"], found["Size"], found["ETag"].strip('"'))
+                for found in page.get("Contents", [])
+                if not found["Key"].endswith("/")
+            ]
             if not page.get("IsTruncated"):
-                return sorted(keys)
+                return sorted(seen)
             marker = {"ContinuationToken": page["NextContinuationToken"]}
 
     def fetch(self, bucket: str, key: str, path: Path) -> None:

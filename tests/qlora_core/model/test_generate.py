@@ -39,7 +39,7 @@ OTHER_KINDS: dict[str, Callable[[], PreTrainedModel]] = {
     "encoder-decoder": lambda: T5ForConditionalGeneration(
         T5Config(
             vocab_size=98, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, initializer_factor=8.0,
-            tie_word_embeddings=False, decoder_start_token_id=0,
+            **{"tie_word_embeddings": False, "decoder_start_token_id": 0},
         )
     ),
 }  # fmt: skip

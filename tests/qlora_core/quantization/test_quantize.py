@@ -187,7 +187,7 @@ def test_config_that_does_not_fit_the_weights_is_refused(make_llama: MakeLlama, 
         quantize_checkpoint(source, tmp_path / "out", QuantizeConfig())
 
 
-@pytest.mark.parametrize("model_type", ["llamma", "t5"])
+@pytest.mark.parametrize("model_type", ["llamma", "longt5"])
 def test_architecture_without_a_causal_language_model_is_refused(
     make_llama: MakeLlama, tmp_path: Path, model_type: str
 ) -> None:

@@ -231,6 +231,21 @@ def test_each_verdict_has_its_banner_and_sentence(tmp_path: Path, run: dict[str,
     assert f"<strong>{verdict}</strong>" in html
 
 
+def test_the_sweep_is_shown_with_what_it_was_predicted_to_cost(tmp_path: Path, run: dict[str, Any]) -> None:
+    assert 'id="sweep-cost"' not in page(tmp_path, run)
+    spent = {"complete": {"trials": 2, "steps": 40, "tokens": 4000, "seconds": 30.0}}
+    actual = {"steps": 40, "tokens": 4000, "busy_seconds": 36.0, "by_state": spent, "cost": 0.02}
+    predicted = {"steps": 48, "tokens": 4800, "worker_seconds": 43.2, "cost": 0.03}
+    run["sweep"]["cost"] = {"predicted": predicted, "actual": {**actual, "cost_per_promoted_adapter": 0.02}}
+    html = page(tmp_path, run)
+    table = text_of(html[html.index('id="sweep-cost"') : html.index("<h3>Loss curves</h3>")])
+    for found in ("predicted", "48", "4,800", "43.2", "actual", "40", "36.0", "0.03", "0.02", "of it complete: 2"):
+        assert found in table
+    assert "charged to the one adapter that is kept" in table
+    run["sweep"]["cost"]["actual"] |= {"cost": None, "cost_per_promoted_adapter": None}
+    assert "compute.price_per_gpu_hour" in page(tmp_path, run)
+
+
 def test_missing_pieces_are_said(tmp_path: Path, run: dict[str, Any]) -> None:
     run["evaluation"]["metrics"] |= {"judge": None, "exact_match": None}
     run["curation"]["samples"] = []
@@ -364,3 +379,31 @@ def test_cost_of_four_bits_is_shown_where_it_was_measured(tmp_path: Path, run: d
     assert "perplexity goes from 3.5482 to 3.9713: +0.4231 (0.3131 to 0.5415)" in text_of(html)
     assert "NF4 (stored)" in text_of(html)
     assert "script" not in read(html).tags
+
+
+def candidate(trial: str, gain: float, slices: dict[str, Any]) -> dict[str, Any]:
+    heldout = {"adapter_loss": 6.1 - gain, "gain": gain, "gain_low": gain - 0.25, "gain_high": gain + 0.25}
+    return {"trial": trial, "heldout": heldout, "exact_match": {"adapter": 0.625}, "slices": slices}
+
+
+def test_candidates_stand_in_the_table_of_trials_and_by_slice(tmp_path: Path, run: dict[str, Any]) -> None:
+    alone = {"rows": 1, "heldout": None, "exact_match": None}
+    first = candidate("t001", 5.3, {"category": {ATTACK: alone}, "language": {}})
+    part = {name: value for name, value in candidate("t000", 4.25, {}).items() if name in alone} | {"rows": 77}
+    second = candidate("t000", 4.5, {"category": {ATTACK: part}, "language": {}})
+    run["evaluation"]["candidates"] = [first, second]
+    html = page(tmp_path, run)
+    words = text_of(html)
+    assert "t001 (best) " in words
+    assert "0.8000 5.3000 (5.0500 to 5.5500) 62.5% 119" in words
+    assert "1.6000 4.5000 (4.2500 to 4.7500) 62.5% 119" in words
+    assert "2 candidates were scored on the same test rows" in words
+    assert ATTACK not in html
+    escaped = "category: &lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;"
+    assert f"{escaped} t001 1 – – – {escaped} t000 77 1.8500 4.2500 (4.0000 to 4.5000) 62.5%" in words
+
+
+def test_one_candidate_is_the_adapter_of_the_whole_page(tmp_path: Path, run: dict[str, Any]) -> None:
+    without = page(tmp_path, run)
+    run["evaluation"]["candidates"] = [candidate("t001", 5.3, {"category": {}, "language": {}})]
+    assert page(tmp_path, run) == without

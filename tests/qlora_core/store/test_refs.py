@@ -12,7 +12,7 @@ from qlora_core.store.layout import BLOBS, manifest_name
 from qlora_core.store.lease import finish
 from qlora_core.store.local import LocalFolder
 from qlora_core.store.manifest import Manifest, new_manifest
-from qlora_core.store.refs import add_pin, add_ref, list_refs, remove_pin, remove_ref
+from qlora_core.store.refs import add_pin, add_ref, list_refs, read_ref, remove_pin, remove_ref, set_ref
 from qlora_core.store.store import GC_LEASE, Store
 
 
@@ -73,6 +73,17 @@ def test_reference_is_written_once_and_only_ever_grows(store: Store) -> None:
     assert list_refs(store.backend) == [both]
     assert remove_ref(store.backend, "model", "assistant/run é")
     assert not remove_ref(store.backend, "model", "assistant/run é")
+
+
+def test_reference_that_is_set_keeps_only_what_was_named_last(store: Store) -> None:
+    first, second = publish(store, "sweep", "1").address, publish(store, "sweep", "2").address
+    assert read_ref(store.backend, "decided", "assistant") is None
+    set_ref(store.backend, "decided", "assistant", [first], "run 1")
+    set_ref(store.backend, "decided", "assistant", [second], "run 2")
+    found = read_ref(store.backend, "decided", "assistant")
+    assert found is not None and (found.addresses, found.note) == ((second,), "run 2")
+    with pytest.raises(StoreError, match="kind 'pin'"):
+        set_ref(store.backend, "pin", "assistant", [first])
 
 
 def test_what_is_gone_cannot_be_kept(store: Store) -> None:

@@ -1,9 +1,15 @@
-"""One local Ray for all tests of the sweep, the toy sweep as a module for its workers to unpickle, tiny real inputs."""
+"""Ray for the tests of the sweep, local and as a cluster of several nodes on loopback; the toy sweep as a module for
+its workers to unpickle, and as a program; tiny real inputs.
+"""
 
 import importlib.util
+import json
+import os
 import random
+import secrets
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +21,7 @@ from qlora_core.config.quantize import QuantizeConfig
 from qlora_core.sweep.ray_connection import ray_connection
 
 TOY = Path(__file__).with_name("toy_sweep.py")
+CLUSTER = Path(__file__).with_name("loopback_cluster.py")
 VOCABULARY = 64
 
 
@@ -38,6 +45,80 @@ def toy(local_ray: None) -> Iterator[ModuleType]:
     ray.cloudpickle.register_pickle_by_value(module)
     yield module
     del sys.modules["toy_sweep"]
+
+
+class LoopbackCluster:
+    """A real cluster of `nodes` nodes with a slot each, in processes of their own, that asks for a token."""
+
+    def __init__(self, nodes: int, log: Path) -> None:
+        token = secrets.token_hex(32)
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": token,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        }
+        self.log = log
+        with log.open("ab") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, str(CLUSTER), str(nodes)],
+                env=self.environment,
+                start_new_session=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                text=True,
+            )
+        self.address: str = self._answer()["address"]
+
+    def tell(self, command: str) -> dict[str, Any]:
+        """`kill PID`, the node of that worker, or `add` one; returns once that is done."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def drive(self, work_dir: Path, step_seconds: float, settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+        """The toy sweep as a driver process of its own on this cluster; its log is `driver.log` in `work_dir`."""
+        work_dir.mkdir(parents=True, exist_ok=True)
+        arguments = [str(work_dir), str(step_seconds), json.dumps({**settings, "address": self.address})]
+        with (work_dir / "driver.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, str(TOY), *arguments],
+                env=self.environment,
+                start_new_session=True,
+                stdout=log,
+                stderr=log,
+            )
+
+    def end(self) -> None:
+        """Shut it down; returns when its processes have been told to end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"the cluster ended: {self.log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackCluster]:
+    """Three nodes of one slot and a head without."""
+    log = tmp_path_factory.mktemp("cluster") / "cluster.log"
+    try:
+        cluster = LoopbackCluster(3, log)
+    except RuntimeError:
+        # Ray gives a node 30 s to come up, which a machine busy with other work may miss.
+        cluster = LoopbackCluster(3, log)
+    try:
+        yield cluster
+    finally:
+        cluster.end()
 
 
 @pytest.fixture(scope="session")

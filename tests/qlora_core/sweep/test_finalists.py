@@ -11,7 +11,7 @@ from qlora_core.config.sweep import FinalistsConfig, PruningConfig, SweepConfig
 from qlora_core.config.train import TrainConfig
 from qlora_core.sweep.cost import actual_cost, predicted_cost
 from qlora_core.sweep.driver import SweepDriver
-from qlora_core.sweep.finalists import Finals, best_trial, front, mean_interval
+from qlora_core.sweep.finalists import Finals, best_trial, front, mean_interval, ranked_trials
 from qlora_core.sweep.pool import Outcome
 from qlora_core.sweep.record import TrialRecord
 from qlora_core.sweep.rungs import TrialLength
@@ -78,6 +78,35 @@ def test_a_smaller_adapter_wins_within_the_tolerance_only() -> None:
     strict, lenient = (SweepConfig(objectives=objectives, loss_tolerance=tolerance) for tolerance in (0.01, 0.1))
     assert [best.id for sweep in (strict, lenient) if (best := best_trial(records, sweep))] == ["t000", "t001"]
     assert best_trial([trial(0, None, state="failed")], strict) is None
+
+
+def ranked(records: list[TrialRecord], sweep: SweepConfig, finals: dict[str, Any] | None, count: int) -> list[str]:
+    best = best_trial(records, sweep) if finals is None else next(r for r in records if r.id == finals["best"])
+    assert best is not None
+    return [record.id for record in ranked_trials(records, sweep, finals, best, count)]
+
+
+def test_candidates_are_the_best_complete_trials_best_first() -> None:
+    losses = [1.3, 0.9, 1.1, 1.1]
+    records = [trial(number, loss) for number, loss in enumerate(losses)]
+    records += [trial(4, 0.1, state="pruned"), trial(5, None, state="failed")]
+    assert ranked(records, SweepConfig(), None, 1) == ["t001"]
+    assert ranked(records, SweepConfig(), None, 3) == ["t001", "t002", "t003"]
+    assert ranked(records, SweepConfig(), None, 99) == ["t001", "t002", "t003", "t000"]
+
+
+def test_finalists_stand_by_their_means_before_every_other_trial() -> None:
+    records = [trial(number, loss) for number, loss in enumerate([0.9, 1.0, 1.1, 1.2])]
+    finalists = [{"trial": "t000", "mean": 1.4}, {"trial": "t001", "mean": 1.05}, {"trial": "t002", "mean": 1.3}]
+    finals = {"finalists": finalists, "best": "t001"}
+    assert ranked(records, SweepConfig(), finals, 4) == ["t001", "t002", "t000", "t003"]
+
+
+def test_with_several_objectives_every_next_candidate_is_chosen_as_the_best_was() -> None:
+    # Within the tolerance of the lowest loss left the smallest goes first: 1.05 (8), then 1.0 (64), then 1.2 (16)
+    records = [trial(0, 1.0, size=64), trial(1, 1.05, size=8), trial(2, 1.2, size=16)]
+    objectives: Any = ["loss", "adapter_size"]
+    assert ranked(records, SweepConfig(objectives=objectives, loss_tolerance=0.1), None, 3) == ["t001", "t000", "t002"]
 
 
 def test_intervals_are_students() -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from qlora_core.config.compute import ComputeConfig
-from qlora_core.config.sweep import WITHOUT_EFFECT, SweepConfig
+from qlora_core.config.sweep import WITHOUT_EFFECT, PruningConfig, SweepConfig
 from qlora_core.config.train import TrainConfig
 from qlora_core.errors import DataError, SweepError
 from qlora_core.sweep.run import SweepWork, run_sweep
@@ -90,6 +91,62 @@ def test_sweep_with_a_killed_worker_ends_as_the_trial_alone(
     names = {path.name for path in (out / "adapter").iterdir()}
     assert names >= {"adapter_config.json", "adapter_model.safetensors", "golden.json", "golden.safetensors"}
     assert (out / "adapter" / "chat_template.jinja").read_text() == "the chat_template.jinja"
+
+
+def test_the_best_candidates_are_exported_and_what_is_damaged_or_missing_is_written_anew(
+    local_ray: None, quantized: Path, curated: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sweep = SweepConfig(space={"learning_rate": [1e-3, 5e-3, 1e-2]}, pruning=PruningConfig(enabled=False), candidates=5)
+    out, work = tmp_path / "out", work_in(tmp_path, quantized, curated)
+    out.mkdir()
+    export = work.work_dir / "export"
+    first = run_sweep(sweep, TRAIN.model_copy(update={"max_steps": 4}), ONE_WORKER, work, out)
+    losses = {row["id"]: row["loss"] for row in first["trials"]}
+    assert first["candidates"] == sorted(losses, key=lambda trial: losses[trial])
+    assert first["best"] == first["candidates"][0]
+    assert "3 of 5 candidates" in caplog.text
+    written = {path.name: path for path in (out / "adapters").iterdir()}
+    assert set(written) == set(losses)
+    weights = {trial: (path / "adapter_model.safetensors").read_bytes() for trial, path in written.items()}
+    assert len(set(weights.values())) == 3
+    assert weights[first["best"]] == (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    for row in first["trials"]:
+        card = json.loads((written[row["id"]] / "qlora.json").read_text())
+        assert card["params"] == row["params"]
+        assert (written[row["id"]] / "chat_template.jinja").is_file()
+
+    shutil.rmtree(out)
+    out.mkdir()
+    (export / first["candidates"][1] / "adapter_model.safetensors").write_bytes(b"half")
+    shutil.rmtree(export / first["candidates"][2])
+    again = run_sweep(sweep, TRAIN.model_copy(update={"max_steps": 4}), ONE_WORKER, work, out)
+    assert again["candidates"] == first["candidates"]
+    for trial, kept in weights.items():
+        assert (out / "adapters" / trial / "adapter_model.safetensors").read_bytes() == kept
+
+
+def test_a_candidate_that_cannot_be_exported_is_told_and_the_best_still_counts(
+    local_ray: None, quantized: Path, curated: Path, tmp_path: Path
+) -> None:
+    out, work = tmp_path / "out", work_in(tmp_path, quantized, curated)
+    out.mkdir()
+    sweep = SweepConfig(space={"learning_rate": [1e-3, 5e-3]}, pruning=PruningConfig(enabled=False), candidates=2)
+    lost: list[str] = []
+
+    def lose_the_first(row: dict[str, Any]) -> None:
+        """Once both trials are complete, the checkpoints of the one with the higher loss go."""
+        rows[row["id"]] = row
+        if not lost and len(rows) == 2 and all(known["state"] == "complete" for known in rows.values()):
+            lost.append(max(rows, key=lambda trial: rows[trial]["loss"]))
+            shutil.rmtree(work.trials_dir / lost[0])
+
+    rows: dict[str, dict[str, Any]] = {}
+    summary = run_sweep(sweep, TRAIN.model_copy(update={"max_steps": 2}), ONE_WORKER, work, out, lose_the_first)
+    assert summary["candidates"] == [summary["best"]]
+    assert summary["best"] not in lost
+    assert not (out / "adapters").exists()
+    (error,) = [row["error"] for row in summary["trials"] if row["id"] == lost[0]]
+    assert re.search(rf"^no candidate: .*{lost[0]}.*has no checkpoint", error)
 
 
 def test_when_no_trial_finishes_every_error_is_listed_and_the_next_call_tries_again(

@@ -1,12 +1,14 @@
 """A worker whose trials train nothing but keep real checkpoints, and a sweep of them as a program.
 
-    python toy_sweep.py WORK_DIR [STEP_SECONDS]
+    python toy_sweep.py WORK_DIR STEP_SECONDS [SETTINGS]
 
-Run as a program it is the driver process that tests interrupt and kill. The loss of a step is a recurrence over all
-steps before it, so a step that is left out or done twice changes every loss after it.
+Run as a program it is the driver process that tests interrupt and kill; SETTINGS are those of `main` as JSON. The loss
+of a step is a recurrence over all steps before it: a step that is left out or done twice changes every loss after it. A
+file `hurry` in the folder of the trials makes steps take no time from then on.
 """
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -91,7 +93,8 @@ class ToyWorker:
         self._stop.set()
 
     def _take_step(self, trial: Mapping[str, Any], state: dict[str, Any]) -> None:
-        time.sleep(self._step_seconds)
+        if not (self._trials_dir / "hurry").exists():
+            time.sleep(self._step_seconds)
         step = state["step"] + 1
         fault = self._faults.get(trial["id"], {})
         if fault.get("raise_at") == step:
@@ -122,7 +125,7 @@ def length_of(params: TrainConfig) -> TrialLength:
 def toy_sweep(
     work_dir: Path,
     *,
-    workers: int = 2,
+    workers: int | None = 2,
     faults: Mapping[str, Mapping[str, Any]] | None = None,
     step_seconds: float = 0.0,
     sweep: SweepConfig = SWEEP,
@@ -137,6 +140,22 @@ def toy_sweep(
         return SweepDriver(study, sweep, TRAIN, length_of, None, pack_size=pack_size).run(cluster)
 
 
+def main(
+    work_dir: Path,
+    step_seconds: float,
+    *,
+    address: str | None = None,
+    workers: int | None = 2,
+    rates: Sequence[float] = (),
+    **sweep: Any,
+) -> None:
+    """A toy sweep of its own connection; leaves its rows in `rows.json`. `sweep`: fields of the sweep section."""
+    logging.basicConfig(level=logging.INFO)
+    settings = SweepConfig(space={"learning_rate": list(rates)}, **sweep) if rates else SWEEP
+    with ray_connection(address, workers):
+        records = toy_sweep(work_dir, workers=workers, step_seconds=step_seconds, sweep=settings)
+    (work_dir / "rows.json").write_text(json.dumps([record.row() for record in records]))
+
+
 if __name__ == "__main__":
-    with ray_connection(None, 2):
-        toy_sweep(Path(sys.argv[1]), step_seconds=float(sys.argv[2]))
+    main(Path(sys.argv[1]), float(sys.argv[2]), **json.loads(sys.argv[3] if len(sys.argv) > 3 else "{}"))
