@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectAlreadyExists
 
 from qlora_core.config.compute import ComputeConfig
 
@@ -30,8 +31,16 @@ def cluster_turn(compute: ComputeConfig) -> Iterator[None]:
         yield
         return
     name = limit_name(compute)
-    with get_client(sync_client=True) as client:
-        client.upsert_global_concurrency_limit_by_name(name, compute.sweeps_at_once)
+    _set_limit(name, compute.sweeps_at_once)
     # A lease that cannot be renewed for a moment is no reason to end a sweep that trains.
     with concurrency(name, occupy=1, strict=True, raise_on_lease_renewal_failure=False):
         yield
+
+
+def _set_limit(name: str, places: int) -> None:
+    with get_client(sync_client=True) as client:
+        try:
+            client.upsert_global_concurrency_limit_by_name(name, places)
+        except ObjectAlreadyExists:
+            # Another sweep has made it between the client's look and its creation: now it is there to be set
+            client.upsert_global_concurrency_limit_by_name(name, places)

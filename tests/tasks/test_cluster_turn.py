@@ -13,6 +13,8 @@ TURN = """
 import json, sys, time
 from qlora_core.config.compute import ComputeConfig
 from tasks.cluster_turn import cluster_turn
+print("ready", flush=True)
+sys.stdin.readline()
 with cluster_turn(ComputeConfig(**json.loads(sys.argv[1]))):
     begun = time.time()
     time.sleep(6)
@@ -30,7 +32,15 @@ def test_the_limit_is_named_by_the_cluster() -> None:
 def overlap(env: dict[str, str], settings: dict[str, object]) -> float:
     """Seconds in which both of two processes have their turn; negative: between the turns."""
     command = [sys.executable, "-c", TURN, json.dumps(settings)]
-    both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    for process in both:  # started together only once both have imported all they need, however busy the machine is
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in both:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
     turns = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in both]
     return min(end for _, end in turns) - max(begun for begun, _ in turns)
 
