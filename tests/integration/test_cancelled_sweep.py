@@ -31,15 +31,16 @@ def steps(store: Path) -> dict[str, int]:
     return {trial: json.loads(found[-1])["step"] for trial, found in lines.items() if found}
 
 
-def workers(session: int) -> list[int]:
-    """Living processes of a session that Ray calls its workers or that are Ray's own."""
+def workers(config: Path) -> list[int]:
+    """Living processes of Ray, its workers among them, whose environment says that they were begun for this config."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                alive = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
                 command = (entry / "cmdline").read_text()
-                if int(fields[3]) == session and fields[0] != "Z" and ("ray::" in command or "raylet" in command):
+                ours = f"QLORA_CONFIG={config}".encode() in (entry / "environ").read_bytes().split(b"\0")
+                if alive and ours and ("ray::" in command or "raylet" in command):
                     found.append(int(entry.name))
     return found
 
@@ -58,13 +59,13 @@ def test_cancelled_in_prefect_the_workers_end_and_the_same_sweep_goes_on(
     env = {**prefect_server, "QLORA_CONFIG": str(tiny_project), "QLORA_POOL": "cancelling"}
     prefect(env, "work-pool", "create", "cancelling", "--type", "process")
     prefect(env, "deploy", "--name", "fleet", "--prefect-file", "deployments/prefect.yaml")
-    with background([str(BIN / "prefect"), "worker", "start", "--pool", "cancelling"], env, log) as worker:
+    with background([str(BIN / "prefect"), "worker", "start", "--pool", "cancelling"], env, log):
         told = prefect(env, "deployment", "run", "sweep/fleet", "-p", f"overrides={json.dumps(LONG)}")
         run = next(word for word in told.replace("/", " ").split() if word.count("-") == 4 and len(word) == 36)
         wait_for(lambda: steps(store) and min(steps(store).values()) > 40, log, "no trial got beyond step 40")
-        assert workers(worker.pid), "the control: workers are seen while they work"
+        assert workers(tiny_project), "the control: workers are seen while they work"
         prefect(env, "flow-run", "cancel", run)
-        wait_for(lambda: not workers(worker.pid), log, "workers outlived the cancelled run")
+        wait_for(lambda: not workers(tiny_project), log, "workers outlived the cancelled run")
         wait_for(lambda: "CANCELLED" in prefect(env, "flow-run", "inspect", run), log, "the run is not cancelled", 60.0)
     reached = steps(store)
 
