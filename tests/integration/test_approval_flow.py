@@ -35,9 +35,17 @@ def call(env: dict[str, str], path: str, body: Any = None, method: str | None = 
     request = urllib.request.Request(
         env["PREFECT_API_URL"] + path, data=data, headers={"Content-Type": "application/json"}, method=method
     )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        text = answer.read()
-    return json.loads(text) if text else None
+    deadline = time.monotonic() + 60
+    while True:  # a server on SQLite answers 503 while another writer holds it; Prefect's own client asks again too
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+        else:
+            return json.loads(text) if text else None
 
 
 def start(env: dict[str, str], deployment: str, **parameters: Any) -> str:
