@@ -11,8 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from qlora_core.errors import ModelError
-
-_PADDING_ID = 0  # any valid id does: the attention masks hide it
+from qlora_core.model.padding import right_padded
 
 
 class MaskedTokens(Protocol):
@@ -74,8 +73,8 @@ def encoder_decoder_inputs(model: Any, rows: Sequence[MaskedTokens]) -> dict[str
     starts = [answer_start(row) for row in rows]
     sources = [list(row.input_ids[:start]) for row, start in zip(rows, starts, strict=True)]
     targets = [[_start_id(model), *row.input_ids[start:-1]] for row, start in zip(rows, starts, strict=True)]
-    source_BS, source_mask_BS = _padded(sources, model.device)
-    target_BT, target_mask_BT = _padded(targets, model.device)
+    source_BS, source_mask_BS = right_padded(sources, model.device)
+    target_BT, target_mask_BT = right_padded(targets, model.device)
     return {
         "input_ids": source_BS,
         "attention_mask": source_mask_BS,
@@ -83,16 +82,6 @@ def encoder_decoder_inputs(model: Any, rows: Sequence[MaskedTokens]) -> dict[str
         "decoder_attention_mask": target_mask_BT,
         "use_cache": False,
     }
-
-
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), _PADDING_ID, dtype=torch.long)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    for place, row in enumerate(rows):
-        ids[place, : len(row)] = torch.tensor(row, dtype=torch.long)
-        mask[place, : len(row)] = 1
-    return ids.to(device), mask.to(device)
 
 
 def _start_id(model: Any) -> int:

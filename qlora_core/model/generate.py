@@ -16,9 +16,8 @@ from qlora_core.model.adapter_set import AdapterSet, adapters_of_rows, rows_of
 from qlora_core.model.encoder_decoder import answer_start_id
 from qlora_core.model.greedy import continue_greedily
 from qlora_core.model.loss import batches_by_length, max_positions_of
+from qlora_core.model.padding import PADDING_ID
 from qlora_core.progress import progress_bar
-
-_PADDING_ID = 0  # any valid id does: the attention mask hides it, and it must not be the stop token
 
 
 def generate_answers(
@@ -99,7 +98,7 @@ def _continue(
     keep: Callable[[Sequence[int]], object],
 ) -> list[list[int]]:
     longest = max(len(ids) for ids in prompt_ids)
-    ids_bt = torch.full((len(prompt_ids), longest), _PADDING_ID, dtype=torch.long)
+    ids_bt = torch.full((len(prompt_ids), longest), PADDING_ID, dtype=torch.long)
     attention_bt = torch.zeros((len(prompt_ids), longest), dtype=torch.long)
     for place, ids in enumerate(prompt_ids):
         ids_bt[place, longest - len(ids) :] = torch.tensor(list(ids), dtype=torch.long)
@@ -123,7 +122,7 @@ def _greedy(model: PreTrainedModel, stop_token_id: int) -> Iterator[None]:
         do_sample=False,
         num_beams=1,
         eos_token_id=stop_token_id,
-        pad_token_id=_PADDING_ID,
+        pad_token_id=PADDING_ID,
         decoder_start_token_id=answer_start_id(model),
     )
     model.eval()

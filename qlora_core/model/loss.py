@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 from qlora_core.errors import ModelError
 from qlora_core.model.adapter_set import AdapterSet, adapters_of_rows, rows_of
 from qlora_core.model.encoder_decoder import answer_start, encoder_decoder_inputs, is_encoder_decoder
-
-_PADDING_ID = 0  # any valid id does: the attention mask hides it
+from qlora_core.model.padding import right_padded
 
 
 class ScoredRow(Protocol):
@@ -105,13 +104,7 @@ def _batch_losses(model: PreTrainedModel | PeftModel, rows: Sequence[ScoredRow])
             return [
                 _row_loss(logits_tv, row, answer_start(row)) for logits_tv, row in zip(logits_btv, rows, strict=True)
             ]
-    longest = max(len(row.input_ids) for row in rows)
-    ids_bt = torch.full((len(rows), longest), _PADDING_ID, dtype=torch.long)
-    attention_bt = torch.zeros((len(rows), longest), dtype=torch.long)
-    for place, row in enumerate(rows):
-        ids_bt[place, : len(row.input_ids)] = torch.tensor(list(row.input_ids), dtype=torch.long)
-        attention_bt[place, : len(row.input_ids)] = 1
-    ids_bt, attention_bt = ids_bt.to(model.device), attention_bt.to(model.device)
+    ids_bt, attention_bt = right_padded([row.input_ids for row in rows], model.device)
     with torch.inference_mode():
         logits_btv = model(input_ids=ids_bt, attention_mask=attention_bt, use_cache=False).logits
         return [_row_loss(logits_btv[place], row, 1) for place, row in enumerate(rows)]

@@ -11,7 +11,7 @@ from qlora_core.config.pipeline import PipelineConfig
 from qlora_core.errors import ConfigError
 from qlora_core.registry.adapter_files import adapter_sha256
 from qlora_core.registry.aliases import CHAMPION
-from qlora_core.registry.champion import current_champion
+from qlora_core.registry.champion import Champion, current_champion
 from qlora_core.registry.model_address import SCHEME, resolve_address
 
 logger = logging.getLogger(__name__)
@@ -35,17 +35,10 @@ def find_start(config: PipelineConfig) -> StartAdapter | None:
     named = config.train.start_from
     if named is None:
         return None
-    if config.gate.slices.by == "none":
-        raise ConfigError(
-            "train.start_from without gate.slices.by: what the start could do must be watched slice by slice; set "
-            "gate.slices.by to category or language, or leave start_from out"
-        )
+    _check_watched(config)
     if named == CHAMPION:
-        champion = current_champion(config.tracking_uri, config.registry.model_name, _cache(config))
+        champion = _champion(config)
         if champion is None:
-            logger.info(
-                "train.start_from: %s has no champion yet; training begins from scratch", config.registry.model_name
-            )
             return None
         return StartAdapter(champion.folder, champion.adapter_sha256, champion.quantized_base_digest)
     if named.startswith(SCHEME):
@@ -63,12 +56,27 @@ def pin_start(config: PipelineConfig) -> PipelineConfig:
     """The config with `champion` replaced by the version that is champion now, or by nothing where there is none."""
     if config.train.start_from != CHAMPION:
         return config
-    name = config.registry.model_name
-    found = find_start(config)
-    champion = current_champion(config.tracking_uri, name, _cache(config)) if found is not None else None
-    pinned = None if champion is None else f"{SCHEME}{name}/{champion.version}"
+    _check_watched(config)
+    champion = _champion(config)
+    pinned = None if champion is None else f"{SCHEME}{config.registry.model_name}/{champion.version}"
     train = config.train.model_copy(update={"start_from": pinned})
     return config.model_copy(update={"train": train}).rooted_at(config.folder)
+
+
+def _check_watched(config: PipelineConfig) -> None:
+    if config.gate.slices.by == "none":
+        raise ConfigError(
+            "train.start_from without gate.slices.by: what the start could do must be watched slice by slice; set "
+            "gate.slices.by to category or language, or leave start_from out"
+        )
+
+
+def _champion(config: PipelineConfig) -> Champion | None:
+    name = config.registry.model_name
+    champion = current_champion(config.tracking_uri, name, _cache(config))
+    if champion is None:
+        logger.info("train.start_from: %s has no champion yet; training begins from scratch", name)
+    return champion
 
 
 def _cache(config: PipelineConfig) -> Path:

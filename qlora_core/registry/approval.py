@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from qlora_core.config.gate import GateConfig
 from qlora_core.digest import canonical_json
 from qlora_core.errors import RegistryError
-from qlora_core.registry.aliases import CANDIDATE, CHAMPION, alias_version, remove_alias, set_alias
+from qlora_core.registry.aliases import CANDIDATE, alias_version, set_alias
+from qlora_core.registry.candidate import champion_stays, clear_candidate, log_decline
 from qlora_core.registry.connection import registry_errors, sqlite_file
-from qlora_core.registry.evidence import EVIDENCE_TAG
-from qlora_core.registry.history import read_moves, record_decline
 from qlora_core.registry.promotion import check_reason, existing_registry, promote
 from qlora_core.registry.versions import RegisteredVersion, get_version, set_version_tag
 
@@ -161,47 +160,24 @@ def _carry_out(
         if outcome["verdict"] != "PROMOTE":
             return {**outcome, "approval": "waiting"}
         _write(client, version, approval)
-        _clear_candidate(client, version)
+        clear_candidate(client, version)
         return {**outcome, "approval": approval.state}
-    _decline(client, version, approval.why or "", approval.by)
+    log_decline(client, version, approval.why or "", approval.by)
     _write(client, version, approval)
-    _clear_candidate(client, version)
+    clear_candidate(client, version)
     return _held(client, version, approval, [f"Declined by {approval.by}: {approval.why}"])
 
 
 def _expire(client: "MlflowClient", version: RegisteredVersion, approval: Approval) -> Approval:
     closed = replace(approval, state="expired", at=_text(datetime.now(UTC)))
-    _decline(client, version, f"No decision by {approval.deadline}.", None)
+    log_decline(client, version, f"No decision by {approval.deadline}.", None)
     _write(client, version, closed)
-    _clear_candidate(client, version)
+    clear_candidate(client, version)
     return closed
 
 
-def _decline(client: "MlflowClient", version: RegisteredVersion, reason: str, by: str | None) -> None:
-    moves = read_moves(client, version.name)
-    if any(move.action == "decline" and move.version == version.version for move in moves):
-        return
-    champion = alias_version(client, version.name, CHAMPION)
-    record_decline(
-        client,
-        version.name,
-        version=version.version,
-        champion=champion,
-        reason=reason,
-        by=by,
-        evidence=version.tag(EVIDENCE_TAG),
-    )
-
-
 def _held(client: "MlflowClient", version: RegisteredVersion, approval: Approval, reasons: list[str]) -> dict[str, Any]:
-    champion = alias_version(client, version.name, CHAMPION)
-    stays = {"champion": champion, "previous": champion, "version": version.version, "forced": False}
-    return {"verdict": "HOLD", "reasons": reasons, **stays, "approval": approval.state}
-
-
-def _clear_candidate(client: "MlflowClient", version: RegisteredVersion) -> None:
-    if alias_version(client, version.name, CANDIDATE) == version.version:
-        remove_alias(client, version.name, CANDIDATE)
+    return champion_stays(client, version, "HOLD", reasons) | {"approval": approval.state}
 
 
 def _wanted(client: "MlflowClient", model_name: str, version: str | None) -> RegisteredVersion:

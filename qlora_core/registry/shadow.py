@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_core.config.gate import GateConfig
 from qlora_core.digest import canonical_json
-from qlora_core.registry.aliases import CANDIDATE, CHAMPION, alias_version, remove_alias, set_alias
+from qlora_core.registry.aliases import CANDIDATE, alias_version, set_alias
 from qlora_core.registry.approval import ask
+from qlora_core.registry.candidate import champion_stays, clear_candidate, log_decline
 from qlora_core.registry.connection import sqlite_file
-from qlora_core.registry.evidence import EVIDENCE_TAG, read_evidence
-from qlora_core.registry.history import read_moves, record_decline
+from qlora_core.registry.evidence import read_evidence
 from qlora_core.registry.promotion import SHADOW_TAG, existing_registry, promote, waits_for_approval
 from qlora_core.registry.versions import RegisteredVersion, get_version, set_version_tag
 
@@ -84,51 +84,25 @@ def end(tracking_uri: str, model_name: str, number: str, *, broken: Sequence[str
     shadow = read_shadow(version)
     if shadow is None or shadow.state == "demoted":
         why = "it is in no shadow period" if shadow is None else shadow.reason or ""
-        return _held(client, version, [f"Version {number}: {why}."])
+        return champion_stays(client, version, "REJECT", [f"Version {number}: {why}."])
     policy = GateConfig.model_validate(read_evidence(client, version)["policy"])
     if not broken and policy.approve == "manual":
         _write(client, version, replace(shadow, state="passed"))
         ask(client, version, policy.approve_timeout_s)
-        return _held(client, version, [waits_for_approval(number)]) | {"verdict": "HOLD"}
+        return champion_stays(client, version, "HOLD", [waits_for_approval(number)])
     if not broken:
         passed = f"Passed its shadow period from {shadow.since} to {shadow.until}."
         outcome = promote(tracking_uri, model_name, number, by=BY, approval=passed)
         if outcome["verdict"] == "PROMOTE":
             _write(client, version, replace(shadow, state="passed"))
-            _clear(client, version)
+            clear_candidate(client, version)
             return outcome
         broken = outcome["reasons"][-1:]
     reason = "Shadow period: " + "; ".join(broken)
-    _log_demotion(client, version, reason)
+    log_decline(client, version, reason, BY)
     _write(client, version, replace(shadow, state="demoted", reason=reason))
-    _clear(client, version)
-    return _held(client, version, [reason])
-
-
-def _log_demotion(client: "MlflowClient", version: RegisteredVersion, reason: str) -> None:
-    moves = read_moves(client, version.name)
-    if any(move.action == "decline" and move.version == version.version for move in moves):
-        return
-    record_decline(
-        client,
-        version.name,
-        version=version.version,
-        champion=alias_version(client, version.name, CHAMPION),
-        reason=reason,
-        by=BY,
-        evidence=version.tag(EVIDENCE_TAG),
-    )
-
-
-def _clear(client: "MlflowClient", version: RegisteredVersion) -> None:
-    if alias_version(client, version.name, CANDIDATE) == version.version:
-        remove_alias(client, version.name, CANDIDATE)
-
-
-def _held(client: "MlflowClient", version: RegisteredVersion, reasons: list[str]) -> dict[str, Any]:
-    champion = alias_version(client, version.name, CHAMPION)
-    stays = {"champion": champion, "previous": champion, "version": version.version, "forced": False}
-    return {"verdict": "REJECT", "reasons": reasons, **stays}
+    clear_candidate(client, version)
+    return champion_stays(client, version, "REJECT", [reason])
 
 
 def _write(client: "MlflowClient", version: RegisteredVersion, shadow: Shadow) -> None:

@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from qlora_core.serving.addresses import is_loopback
+from qlora_core.listening import is_loopback
 from qlora_core.serving.answer import Finish, Piece
 from qlora_core.serving.desk import Desk, Ticket
 from qlora_core.serving.served import ServedModel

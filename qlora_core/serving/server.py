@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import uvicorn
 
 from qlora_core.errors import ConfigError
-from qlora_core.serving.addresses import is_loopback
+from qlora_core.listening import http_address, is_loopback, listen
 from qlora_core.serving.app import create_app
 from qlora_core.serving.desk import Desk
 from qlora_core.serving.engine import Engine
@@ -79,7 +79,7 @@ def open_model_server(
     token = check_access(host, environment)
     engine = Engine(served.model, rows=limits.rows, waiting=limits.waiting)
     app = create_app(Desk(served, engine), token=token, max_body_bytes=limits.body_bytes)
-    listening = _listen(host, port)
+    listening = listen(host, port)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -88,14 +88,5 @@ def open_model_server(
         lifespan="off",
         timeout_graceful_shutdown=GRACE_S,
     )
-    shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{listening.getsockname()[1]}/v1"
+    url = f"{http_address(host, listening)}/v1"
     return ModelServer(url, token is not None, engine, uvicorn.Server(config), listening)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=128)
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"cannot listen on {host}:{port} ({error}); choose another --port or --host") from error

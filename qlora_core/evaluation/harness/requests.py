@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 from qlora_core.errors import EvaluationError
 from qlora_core.model.adapter_set import AdapterSet, rows_of
 from qlora_core.model.loss import batches_by_length, max_positions_of
-
-_PADDING_ID = 0  # any valid id does: it stands behind all that is read
+from qlora_core.model.padding import right_padded
 
 
 class Continuation(NamedTuple):
@@ -76,14 +75,8 @@ def _input_of(each: Continuation, limit: int | None) -> tuple[int, ...]:
 
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    longest = max(len(ids) for ids in rows)
-    ids_bt = torch.full((len(rows), longest), _PADDING_ID, dtype=torch.long)
-    attention_bt = torch.zeros((len(rows), longest), dtype=torch.long)
-    for place, ids in enumerate(rows):
-        ids_bt[place, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-        attention_bt[place, : len(ids)] = 1
-    device = model.device
-    return model(input_ids=ids_bt.to(device), attention_mask=attention_bt.to(device), use_cache=False).logits
+    ids_bt, attention_bt = right_padded(rows, model.device)
+    return model(input_ids=ids_bt, attention_mask=attention_bt, use_cache=False).logits
 
 
 def _score(logits_tv: torch.Tensor, ids: Sequence[int]) -> Scored:

@@ -1,6 +1,5 @@
 """Serving the page: the socket, who may reach it, the links to give out. Knows addresses, not votes."""
 
-import ipaddress
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from qlora_core.evaluation.vote.ballots import BallotBox, digest_pairs
 from qlora_core.evaluation.vote.links import SECRET_VARIABLE, Grant, LinkSigner, check_rater_name, signing_secret
 from qlora_core.evaluation.vote.page import create_app
 from qlora_core.evaluation.vote.pairs import read_pairs
+from qlora_core.listening import http_address, is_loopback, listen
 
 DAY_S = 86400
 DEFAULT_RATER = "rater"
@@ -51,15 +51,15 @@ def open_server(
     name, an address that cannot be had, and one beyond loopback without a secret in QLORA_VOTE_SECRET.
     """
     names = [check_rater_name(name) for name in raters] or [DEFAULT_RATER]
-    if not _is_loopback(host) and SECRET_VARIABLE not in environment:
+    if not is_loopback(host) and SECRET_VARIABLE not in environment:
         raise ConfigError(
             f"host {host} can be reached from other machines; set {SECRET_VARIABLE} (openssl rand -hex 32), "
             "or serve on 127.0.0.1"
         )
     secret = signing_secret(box.journal.path, environment)
     signer = LinkSigner(secret, box.study_id)
-    listening = _listen(host, port)
-    base = (public_url or _address(host, listening.getsockname()[1])).rstrip("/")
+    listening = listen(host, port)
+    base = (public_url or http_address(host, listening)).rstrip("/")
     expires_at = int(time.time() + link_days * DAY_S)
     config = uvicorn.Config(
         create_app(box, signer, judge), log_config=None, access_log=False, server_header=False, lifespan="off"
@@ -89,22 +89,3 @@ def open_study(path: Path, pairs_path: Path | None, settings: Mapping[str, objec
         if (kept := getattr(box.settings, name)) != value:
             raise ConfigError(f"the study {path} was begun with {name} {kept}, not {value}; leave it out")
     return box
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=128)
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"cannot listen on {host}:{port} ({error}); choose another --port or --host") from error
-
-
-def _address(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
