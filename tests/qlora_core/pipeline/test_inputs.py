@@ -1,5 +1,6 @@
 """The cheap check before a scheduled run: what counts as new, and that it costs next to nothing."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -86,6 +87,13 @@ def test_judge_that_the_environment_makes_available_is_a_change(folder: Path, mo
     decide(folder)
     monkeypatch.setenv("OPENAI_API_KEY", "a key")
     assert check_inputs(config(folder)).changes == ["judge: changed"]
+
+
+def test_another_version_of_the_code_is_a_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decide(folder)
+    known = importlib.metadata.version("qlora-fleet")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "99.0")
+    assert check_inputs(config(folder)).changes == [f"code: version {known} -> 99.0"]
 
 
 def test_content_of_a_file_that_the_config_names_is_an_input(folder: Path) -> None:

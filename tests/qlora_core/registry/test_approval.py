@@ -78,6 +78,9 @@ def test_decline_keeps_the_champion_and_is_logged(
         "declined",
     )
     assert alias_version(client, waiting.name, CANDIDATE) is None
+    again = answer(tracking_uri, waiting.name, "decline", by="bob", why="as I said", version="1", policy=MANUAL)
+    assert (again["verdict"], again["approval"]) == ("HOLD", "declined")
+    assert len(read_log(client, waiting.name).moves) == 1
     with pytest.raises(RegistryError, match="declined by bob"):
         answer(tracking_uri, waiting.name, "approve", by="ada", why="I differ", version="1", policy=MANUAL)
 

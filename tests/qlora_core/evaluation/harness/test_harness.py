@@ -132,6 +132,20 @@ def test_questions_that_do_not_fit_are_refused_with_their_line(row: Any, reason:
         write_choice_task("words", file, tmp_path / "tasks")
 
 
+@pytest.mark.parametrize(
+    ("text", "choices"),
+    [
+        ("I. It is.\nII. It is not.\nA. I alone\nB. II alone", ["A", "B"]),
+        ("A. one\nB. two\nI. a note below\nC. three", ["A", "B", "C"]),
+        ("A. quoted\nNow choose.\nA. one\nB. two", ["A", "B"]),
+    ],
+)
+def test_options_are_the_letters_that_follow_each_other(text: str, choices: list[str], tmp_path: Path) -> None:
+    (tmp_path / "q.json").write_text(json.dumps({"input": f"{text}\nAnswer:", "output": "B"}))
+    write_choice_task("words", tmp_path / "q.json", tmp_path)
+    assert json.loads((tmp_path / "words.jsonl").read_text())["choices"] == choices
+
+
 def test_unknown_task_sampling_and_a_missing_harness_are_refused(
     nf4: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
