@@ -151,8 +151,21 @@ def background() -> Callable[..., contextlib.AbstractContextManager["subprocess.
 
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A real Prefect server on loopback; yields the environment of its clients."""
-    folder = tmp_path_factory.mktemp("prefect-server")
+    """A real Prefect server on loopback, the session's; yields the environment of its clients."""
+    with running_prefect_server(tmp_path_factory.mktemp("prefect-server")) as env:
+        yield env
+
+
+@pytest.fixture(scope="module")
+def own_prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A real Prefect server that no other module's pools, deployments and runs are on."""
+    with running_prefect_server(tmp_path_factory.mktemp("prefect-server")) as env:
+        yield env
+
+
+@contextlib.contextmanager
+def running_prefect_server(folder: Path) -> Iterator[dict[str, str]]:
+    """A Prefect server with its state in the folder while the block runs; the environment of its clients."""
     port = free_port()
     env = {**os.environ, "PREFECT_HOME": str(folder), "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5"}
     log = folder / "server.log"

@@ -5,6 +5,7 @@ nothing with a registry.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -65,8 +66,14 @@ def last_decided(store: Store, model_name: str) -> dict[str, Any] | None:
 
 
 def record_decided(store: Store, model_name: str, inputs: Inputs, summary: dict[str, Any]) -> None:
-    """Put a decided run on record, in the place of the one before. `inputs` as they were before the run read them."""
+    """Put a decided run on record, in the place of the one before. `inputs` as they were before the run read them.
+
+    A run that found every stage finished decided nothing new: the record stays, and the store is only read.
+    """
     said = {name: summary.get(name) for name in _SUMMARY}
+    last = last_decided(store, model_name)
+    if last is not None and last["inputs"] == dict(inputs) and _decision(last["summary"]) == _decision(said):
+        return
     document = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "inputs": dict(inputs), "summary": said}
 
     def build(out: Path) -> None:
@@ -75,3 +82,8 @@ def record_decided(store: Store, model_name: str, inputs: Inputs, summary: dict[
     artifact, _ = store.get_or_build(StageKey(_KIND, "1", {}, {"document": digest_json(document)}), build)
     note = f"run {summary['run_id']}: {summary['verdict']}"
     set_ref(store.backend, _KIND, model_name, [artifact.manifest.address], note)
+
+
+def _decision(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary without what is another in each run that comes to the same decision."""
+    return {name: value for name, value in summary.items() if name not in ("run_id", "report")}

@@ -74,11 +74,10 @@ def project(tmp_path_factory: pytest.TempPathFactory, make_project: Callable[[Pa
 
 @pytest.fixture(scope="module")
 def deployed(
-    prefect_server: dict[str, str], background: Background, project: Path, tmp_path_factory: pytest.TempPathFactory
+    own_prefect_server: dict[str, str], background: Background, project: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
-    env = {**prefect_server, "QLORA_CONFIG": str(project), "QLORA_POOL": "local"}
-    with contextlib.suppress(AssertionError):  # another module of the session may have made it
-        prefect(env, "work-pool", "create", "local", "--type", "process")
+    env = {**own_prefect_server, "QLORA_CONFIG": str(project), "QLORA_POOL": "local"}
+    prefect(env, "work-pool", "create", "local", "--type", "process")
     prefect(env, "deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
     log = tmp_path_factory.mktemp("worker") / "worker.log"
     with background([PREFECT, "worker", "start", "--pool", "local"], env, log):

@@ -7,90 +7,25 @@ Postgres, Prefect's and MLflow's servers, an S3 server, Ray with a token, the vo
 import base64
 import contextlib
 import ipaddress
-import json
 import os
-import shutil
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import boto3
 import psutil
 import pytest
 from botocore.exceptions import ClientError
 
+if TYPE_CHECKING:
+    from conftest import Stack
+
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
-ROOT = Path(__file__).resolve().parents[2]
-CANARY = "canary-that-must-not-sing-5b1f"
 
 
-@dataclass(frozen=True)
-class Stack:
-    """The system that runs, as `python -m infra.loopback` describes it."""
-
-    process: "subprocess.Popen[str]"
-    folder: Path
-    ports: dict[str, int]
-    settings: dict[str, str]
-    environment: dict[str, str]
-
-    def processes(self) -> list[psutil.Process]:
-        return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-
-
-def read_environment(path: Path) -> dict[str, str]:
-    shown = subprocess.run(["sh", "-c", f". {path} && env -0"], env={}, capture_output=True, text=True, check=True)
-    return dict(line.split("=", 1) for line in shown.stdout.split("\0") if line)
-
-
-def start_stack(folder: Path, error: Path) -> Stack:
-    with error.open("w") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "infra.loopback", "--dir", str(folder)],
-            cwd=ROOT,
-            env={**os.environ, "OPENAI_API_KEY": CANARY, "HF_TOKEN": CANARY, "SOME_PASSWORD": CANARY},
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-        )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line, error.read_text()[-3000:]
-    said = json.loads(line)
-    return Stack(process, folder, said["ports"], said["settings"], read_environment(Path(said["env"])))
-
-
-def stop_stack(stack: Stack) -> None:
-    stack.process.send_signal(signal.SIGINT)
-    try:
-        stack.process.wait(timeout=90)
-    finally:
-        stack.process.kill()
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    if not (shutil.which("initdb") or list(Path("/usr/lib/postgresql").glob("*/bin/initdb"))):
-        pytest.skip("Postgres is not installed here (Debian: apt-get install postgresql)")
-    # Not pytest's folder: Postgres runs as another user where this is root's, and may not pass through that one.
-    folder = Path(tempfile.mkdtemp(prefix="qlora-stack-", dir="/tmp"))
-    stack = start_stack(folder, tmp_path_factory.mktemp("stack") / "stderr")
-    try:
-        yield stack
-    finally:
-        if stack.process.poll() is None:
-            stop_stack(stack)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def listening(stack: Stack) -> dict[int, tuple[str, str]]:
+def listening(stack: "Stack") -> dict[int, tuple[str, str]]:
     """Every TCP port that any process of the system listens on: its address, and the process's name."""
     found = {}
     for process in stack.processes():
@@ -117,14 +52,14 @@ def status_of(url: str, method: str = "GET", body: bytes | None = None, headers:
         return error.code
 
 
-def test_every_port_is_on_loopback_and_the_known_ones_are_there(stack: Stack) -> None:
+def test_every_port_is_on_loopback_and_the_known_ones_are_there(stack: "Stack") -> None:
     found = listening(stack)
     assert [owner for owner in found.values() if not is_loopback(owner[0])] == []
     assert set(stack.ports.values()) <= found.keys(), (stack.ports, found)
 
 
 @pytest.mark.parametrize("password", ["", "wrong"])
-def test_postgres_refuses_without_its_password(stack: Stack, password: str) -> None:
+def test_postgres_refuses_without_its_password(stack: "Stack", password: str) -> None:
     import psycopg
 
     for user, database in (
@@ -140,7 +75,7 @@ def test_postgres_refuses_without_its_password(stack: Stack, password: str) -> N
 
 
 @pytest.mark.parametrize("header", [{}, {"Authorization": "Basic cWxvcmE6d3Jvbmc="}], ids=["none", "wrong"])
-def test_prefect_and_mlflow_refuse_without_their_passwords(stack: Stack, header: dict[str, str]) -> None:
+def test_prefect_and_mlflow_refuse_without_their_passwords(stack: "Stack", header: dict[str, str]) -> None:
     prefect_url, mlflow_url = (f"http://127.0.0.1:{stack.ports[name]}" for name in ("prefect", "mlflow"))
     kind = {"Content-Type": "application/json", **header}
     asked = {
@@ -157,7 +92,7 @@ def test_prefect_and_mlflow_refuse_without_their_passwords(stack: Stack, header:
     assert set(asked.values()) <= {401, 403}, asked
 
 
-def test_the_bucket_refuses_unsigned_and_wrongly_signed_requests(stack: Stack) -> None:
+def test_the_bucket_refuses_unsigned_and_wrongly_signed_requests(stack: "Stack") -> None:
     url = stack.environment["AWS_ENDPOINT_URL"]
     unsigned = [
         status_of(url + path, method)
@@ -180,16 +115,16 @@ def test_the_bucket_refuses_unsigned_and_wrongly_signed_requests(stack: Stack) -
         assert refused.value.response["ResponseMetadata"]["HTTPStatusCode"] == 403
 
 
-def test_the_vote_page_refuses_without_a_signed_link(stack: Stack) -> None:
+def test_the_vote_page_refuses_without_a_signed_link(stack: "Stack") -> None:
     url = f"http://127.0.0.1:{stack.ports['votes']}"
     paths = ("/", "/r/forged", "/results/forged", "/results/forged/files/votes.csv", "/openapi.json", "/docs")
     assert {status_of(url + path) for path in paths} <= {403, 404}
 
 
-def test_no_credential_is_in_any_file_of_the_servers(stack: Stack) -> None:
+def test_no_credential_is_in_any_file_of_the_servers(stack: "Stack") -> None:
     names = ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "RAY_AUTH_TOKEN", "PGPASSWORD")
     prefect = stack.environment["PREFECT_API_AUTH_STRING"]
-    secrets = [CANARY, prefect.partition(":")[2], *(stack.environment[name] for name in names)]
+    secrets = [stack.canary, prefect.partition(":")[2], *(stack.environment[name] for name in names)]
     needles = [*(secret.encode() for secret in secrets), base64.b64encode(prefect.encode())]
     told = stack.folder / "stack.env"
     found, read = [], 0
@@ -205,7 +140,7 @@ def test_no_credential_is_in_any_file_of_the_servers(stack: Stack) -> None:
     assert all(needle in told.read_bytes() for needle in needles[1:-1])
 
 
-def test_sigkill_of_the_front_leaves_no_orphan(stack: Stack) -> None:
+def test_sigkill_of_the_front_leaves_no_orphan(stack: "Stack") -> None:
     below = stack.processes()[1:]
     assert len(below) > 10
     os.kill(stack.process.pid, signal.SIGKILL)

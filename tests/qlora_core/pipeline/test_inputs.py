@@ -134,6 +134,17 @@ def test_last_decision_takes_the_place_of_the_one_before_and_is_the_stores(folde
     assert check.unchanged and check.to_json()["verdict"] == "REJECT"
 
 
+def test_same_decision_again_leaves_the_record_as_it_is(folder: Path) -> None:
+    decide(folder)
+    store = Job(config(folder)).store
+    (name,) = (listed.name for listed in store.backend.list("v1/ref/decided/"))
+    before = store.backend.read(name)
+    decide(folder, run_id="another", report="another.html")
+    assert store.backend.read(name) == before is not None
+    decide(folder, verdict="HOLD")
+    assert store.backend.read(name) != before
+
+
 def test_lost_record_means_work_and_not_silence(folder: Path) -> None:
     decide(folder)
     store = Job(config(folder)).store
