@@ -12,15 +12,19 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from botocore.credentials import Credentials
 from moto import settings
 from moto.core.authorization import ActionAuthenticatorMixin
 from moto.iam.models import iam_backends
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from moto.s3.models import s3_backends
 from werkzeug.serving import make_server
+
+from infra.loopback.presigned import with_signed_headers
 
 ACCOUNT, REGION, USER = "123456789012", "us-east-1", "qlora"
 _SIGNED = re.compile(r"AWS4-HMAC-SHA256 Credential=[^/,\s]+/\d{8}/[^/,\s]+/s3/aws4_request")
@@ -29,16 +33,19 @@ _REFUSED = b"<Error><Code>AccessDenied</Code><Message>a signed S3 request is nee
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
-def only_signed(application: Application) -> Application:
-    """The application for requests that are signed for S3; 403 for all others, its control address included."""
+def only_signed(application: Application, key: Credentials) -> Application:
+    """The application for requests that are signed for S3, in a header (which moto checks) or in the query; 403 for all
+    others, its control address included."""
 
     def checked(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        signed = _SIGNED.match(environ.get("HTTP_AUTHORIZATION", ""))
         path = str(environ.get("PATH_INFO", "")).lstrip("/")
-        if signed is None or path.startswith("moto-api"):
+        asked: dict[str, Any] | None = environ
+        if not _SIGNED.match(environ.get("HTTP_AUTHORIZATION", "")):
+            asked = with_signed_headers(environ, key, REGION, datetime.now(UTC))
+        if asked is None or path.startswith("moto-api"):
             start_response("403 Forbidden", [("Content-Type", "application/xml")])
             return [_REFUSED]
-        return application(environ, start_response)
+        return application(asked, start_response)
 
     return checked
 
@@ -58,10 +65,11 @@ def make_key(bucket: str, secret: str) -> str:
 
 def main(port: int, bucket: str, key_id_file: Path) -> None:
     """Serve on loopback until the process is ended."""
-    key_id = make_key(bucket, os.environ.pop("S3_SECRET"))
+    secret = os.environ.pop("S3_SECRET")
+    key_id = make_key(bucket, secret)
     settings.INITIAL_NO_AUTH_ACTION_COUNT = 0
     ActionAuthenticatorMixin.request_count = 0
-    application = only_signed(DomainDispatcherApplication(create_backend_app))
+    application = only_signed(DomainDispatcherApplication(create_backend_app), Credentials(key_id, secret))
     server = make_server("127.0.0.1", port, application, threaded=True, request_handler=MotoRequestHandler)
     key_id_file.write_text(key_id, encoding="utf-8")
     server.serve_forever()

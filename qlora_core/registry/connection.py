@@ -30,6 +30,8 @@ _QUIET = {
 _PASSING_CODES = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
 _CREDENTIALS = re.compile(r"//[^/@\s]+@")
 _POLL_S = 0.05
+_MOST_TOLD = 400
+"""Characters of what MLflow says: its first line may be only the heading of what failed."""
 
 
 def prepare_environment() -> None:
@@ -60,11 +62,12 @@ def registry_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError) as error:
-        first_line = without_credentials(str(error)).strip().partition("\n")[0]
+        said = without_credentials(str(error)).partition("[SQL")[0].split("\n")  # a statement holds what it would store
+        told = " ".join(line.strip() for line in said if line.strip()).partition("Traceback")[0][:_MOST_TOLD].strip()
         code = getattr(error, "error_code", "INTERNAL_ERROR")  # a database's own errors have none: locked, gone
         kind = RegistryUnavailableError if code in _PASSING_CODES else RegistryError
         raise kind(
-            f"MLflow failed while {doing}: {first_line}; check registry.tracking_uri and its server or file"
+            f"MLflow failed while {doing}: {told}; check registry.tracking_uri and its server or file"
         ) from error
 
 

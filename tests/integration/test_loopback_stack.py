@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import boto3
 import psutil
 import pytest
+from botocore.config import Config
 from botocore.exceptions import ClientError
 
 if TYPE_CHECKING:
@@ -113,6 +114,30 @@ def test_the_bucket_refuses_unsigned_and_wrongly_signed_requests(stack: "Stack")
         with pytest.raises(ClientError) as refused:
             ask()
         assert refused.value.response["ResponseMetadata"]["HTTPStatusCode"] == 403
+
+
+def test_a_presigned_url_opens_its_object_in_its_time_and_nothing_else(stack: "Stack") -> None:
+    client = boto3.client(
+        "s3",
+        endpoint_url=stack.environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id=stack.environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=stack.environment["AWS_SECRET_ACCESS_KEY"],
+        region_name="us-east-1",
+        config=Config(signature_version="s3v4"),
+    )
+    for name in ("a", "b"):
+        client.put_object(Bucket="artifacts", Key=f"signed {name}", Body=name.encode())
+
+    def url(seconds: int) -> str:
+        named = {"Bucket": "artifacts", "Key": "signed a", "ResponseContentDisposition": 'attachment; filename="a"'}
+        return client.generate_presigned_url("get_object", Params=named, ExpiresIn=seconds)
+
+    good = url(100)
+    with urllib.request.urlopen(good, timeout=10) as answer:
+        assert answer.read() == b"a"
+    changed = [good.replace("Expires=100", "Expires=999"), good.replace("signed%20a", "signed%20b"), url(0)]
+    assert good not in changed
+    assert {status_of(one) for one in changed} | {status_of(good, method) for method in ("PUT", "DELETE")} == {403}
 
 
 def test_the_vote_page_refuses_without_a_signed_link(stack: "Stack") -> None:

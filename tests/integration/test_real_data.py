@@ -16,7 +16,7 @@ data:
   tags: {{languages: [en, de, fr, es, nl]}}  # among all 75, telling one takes six times as long
 base: {{model: {base}}}
 train: {{lora_rank: 8, max_steps: 40, micro_batch_size: 4, gradient_accumulation_steps: 1, learning_rate: 3e-3}}
-sweep: {{space: {{learning_rate: [1e-3, 5e-3]}}}}
+sweep: {{space: {{learning_rate: [1e-3, 5e-3]}}, candidates: 2, pruning: {{enabled: false}}}}
 evaluate: {{max_rows: 60, max_prompts: 4, max_new_tokens: 16}}
 compute: {{workers: 1}}
 """
@@ -40,6 +40,15 @@ def test_run_lowers_heldout_loss_and_registers(
     assert (summary["verdict"], summary["model_version"]) == ("PROMOTE", "1")
     report = Path(summary["report"]).read_text()
     assert "<html" in report
+    evaluation = json.loads(
+        (Path(json.loads(qlora("evaluate", config, "--json").stdout)["path"]) / "evaluation.json").read_text()
+    )
+    best, other = evaluation["candidates"]
+    assert {best["trial"], other["trial"]} == {trial["id"] for trial in summary["trials"]}
+    assert best["heldout"] == heldout
+    assert other["heldout"]["gain_low"] > 0 and other["heldout"]["rows"] == heldout["rows"]
+    assert other["heldout"]["adapter_loss"] != heldout["adapter_loss"]
+    assert all(f"<td>{one['trial']}</td>" in report for one in (best, other))
     assert re.findall(r'(?:src|href)="https?:', report) == []
 
 
