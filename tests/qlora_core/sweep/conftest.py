@@ -2,6 +2,7 @@
 its workers to unpickle, and as a program; tiny real inputs.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -9,7 +10,7 @@ import random
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,9 +49,12 @@ def toy(local_ray: None) -> Iterator[ModuleType]:
 
 
 class LoopbackCluster:
-    """A real cluster of `nodes` nodes with a slot each, in processes of their own, that asks for a token."""
+    """A real cluster of `nodes` nodes with a slot each, in processes of their own, that asks for a token.
 
-    def __init__(self, nodes: int, log: Path) -> None:
+    `settings` are Ray's own, as variables of the environment of the cluster and of its drivers.
+    """
+
+    def __init__(self, nodes: int, log: Path, settings: Mapping[str, str] | None = None) -> None:
         token = secrets.token_hex(32)
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
@@ -58,6 +62,7 @@ class LoopbackCluster:
             "RAY_AUTH_TOKEN": token,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+            **(settings or {}),
         }
         self.log = log
         with log.open("ab") as stream:
@@ -107,18 +112,29 @@ class LoopbackCluster:
 
 
 @pytest.fixture(scope="module")
-def loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackCluster]:
+def make_loopback(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., LoopbackCluster]]:
+    """A function that starts a cluster of so many nodes of one slot, and a head without, with settings of Ray's."""
+    with contextlib.ExitStack() as running:
+
+        def start(nodes: int, settings: Mapping[str, str] | None = None) -> LoopbackCluster:
+            log = tmp_path_factory.mktemp("cluster") / "cluster.log"
+            try:
+                cluster = LoopbackCluster(nodes, log, settings)
+            except RuntimeError:
+                # Ray gives a node 30 s to come up, which a machine busy with other work may miss.
+                cluster = LoopbackCluster(nodes, log, settings)
+            running.callback(cluster.end)
+            return cluster
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def loopback(make_loopback: Callable[..., LoopbackCluster]) -> LoopbackCluster:
     """Three nodes of one slot and a head without."""
-    log = tmp_path_factory.mktemp("cluster") / "cluster.log"
-    try:
-        cluster = LoopbackCluster(3, log)
-    except RuntimeError:
-        # Ray gives a node 30 s to come up, which a machine busy with other work may miss.
-        cluster = LoopbackCluster(3, log)
-    try:
-        yield cluster
-    finally:
-        cluster.end()
+    return make_loopback(3)
 
 
 @pytest.fixture(scope="session")
