@@ -15,6 +15,7 @@ from qlora_core.demo.tokenizer import PAD_TOKEN, STOP_TOKEN, train_tokenizer
 from qlora_core.model.adapter import golden_logits, read_golden
 from qlora_core.model.base import load_quantized
 from qlora_core.pipeline.pipeline import Pipeline
+from qlora_core.pipeline.promotion import Promotion
 from qlora_core.registry.connection import connect
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -86,3 +87,11 @@ def test_every_step_of_every_trial_was_logged_while_the_sweep_trained(pipeline: 
         for name in ("loss", "learning_rate", "grad_norm", "tokens_per_s", "memory_bytes"):
             points = client.get_metric_history(run.info.run_id, f"train/{name}")
             assert sorted(point.step for point in points) == list(range(1, trial["steps"] + 1))
+
+
+def test_it_is_registered_and_loads_in_a_clean_process(pipeline: Pipeline) -> None:
+    promotion = Promotion(pipeline)
+    registration, cached = promotion.register()
+    assert (registration["version"], cached) == ("1", False)
+    version = connect(pipeline.job.config.tracking_uri).get_model_version(pipeline.job.config.registry.model_name, "1")
+    assert "candidate" in version.aliases or "champion" in version.aliases or "challenger" in version.aliases
