@@ -182,7 +182,7 @@ def test_no_secret_is_in_any_log_artifact_field_or_report(stack: "Stack", config
     for kind in ("flow_runs", "task_runs", "logs", "artifacts", "deployments", "work_pools", "block_documents"):
         places[f"prefect:{kind}"] = json.dumps(prefect_api(client, f"/{kind}/filter", {"limit": 200})).encode()
     # Controls: what was meant to be looked through was.
-    for part in ("report.html", "/postgres/base/", "/mlflow/", "/ref/decided/"):
+    for part in ("report.html", "/postgres/base/", "s3:mlflow/", "/ref/decided/"):
         assert any(part in name for name in places), part
     found = {name: needle for name, content in places.items() for needle in needles if needle in content}
     assert found == {}
