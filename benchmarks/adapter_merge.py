@@ -1,7 +1,8 @@
-"""Memory and time of writing merged checkpoints of a larger random shape: does a merge stream, or hold the model?
+"""What merging keeps of an adapter (`adapter_stories`), and the memory and time of writing a larger random shape.
 
-Writing alone, in a process each: the certificate loads the 4-bit base and the candidate besides, as serving them does.
-Memory is what the process took beyond its imports; the model is as large in float32 as `float32_bytes` says.
+Does a merge stream, or hold the model? Writing alone, in a process each: the certificate loads the 4-bit base and the
+candidate besides, as serving them does. Memory is what the process took beyond its imports; the model is as large in
+float32 as `float32_bytes` says.
 """
 
 import json
@@ -16,6 +17,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.adapter_stories import measure_stories
 from qlora_core.config.quantize import QuantizeConfig
 from qlora_core.demo.tokenizer import train_tokenizer
 from qlora_core.model.base import load_quantized
@@ -53,12 +55,16 @@ print(json.dumps(figures))
 
 
 def measure() -> dict[str, Any]:
-    """By target: seconds, peak memory beyond the imports, bytes written; and the sizes of model and largest tensor."""
+    """By target: seconds, peak memory beyond the imports, bytes written; the sizes of model and largest tensor.
+
+    And what a merge keeps of adapters of `stories260K`.
+    """
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder, torch.compiler.set_stance("force_eager"):
         quantized, adapter, sizes = _prepare(Path(folder))
         targets = {target: _run(quantized, adapter, Path(folder) / f"merged-{target}", target) for target in TARGETS}
-    return {**sizes, "targets": targets}
+        stories = measure_stories()
+    return {**sizes, "targets": targets, "stories260K": stories}
 
 
 def _run(quantized: Path, adapter: Path, out: Path, target: str) -> dict[str, Any]:

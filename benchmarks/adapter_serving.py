@@ -21,7 +21,8 @@ import transformers
 
 from benchmarks.multi_adapter import write_adapter, write_base
 from benchmarks.timing import timed
-from qlora_core.serving.served import AdapterSource, Served, open_served
+from qlora_core.serving.admission import AdapterSource
+from qlora_core.serving.served import Served, open_served
 from qlora_core.serving.server import ModelServer, open_model_server
 
 ADAPTERS = 8

@@ -19,7 +19,7 @@ from scipy import stats
 
 from qlora_core.config.gate import GateConfig
 from qlora_core.evaluation.sequential import confidence_sequence
-from qlora_core.registry.gate import decide
+from qlora_core.registry.gate.decide import decide
 
 VERDICTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "human" / "pandalm" / "testset-v1.json"
 SCORE = {1: 1.0, 2: 0.0, 0: 0.5}

@@ -19,7 +19,8 @@ from typing import Any
 from datasketch import MinHash, MinHashLSH
 
 from qlora_core.config.curation import NearDuplicatesConfig
-from qlora_core.data.near_duplicates.find import NearDuplicates, drop_near_duplicates, text_of
+from qlora_core.data.near_duplicates.find import NearDuplicates, drop_near_duplicates
+from qlora_core.data.near_duplicates.scan import text_of
 from qlora_core.data.near_duplicates.shingles import shingle
 from qlora_core.data.near_duplicates.signatures import choose_banding, sign
 from qlora_core.data.row import Draft, Message, Row, make_row

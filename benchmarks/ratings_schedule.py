@@ -4,12 +4,12 @@ Simulated verdicts with ties and an order effect, both orders of each prompt, on
 share of runs that settle on the truly best model says whether the saving was paid for in certainty.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from qlora_core.evaluation.schedule import Played, play
+from qlora_core.evaluation.schedule import Duel, Played, play
 from qlora_core.evaluation.verdict import Verdict
 
 ABILITIES = {"m0": 0.75, "m1": 0.35, "m2": 0.2, "m3": 0.0, "m4": -0.4, "m5": -0.9}
@@ -38,8 +38,11 @@ def simulate(seed: int, *, adaptive: bool, prompts: int) -> Played:
     return play(list(ABILITIES), names, _judge(np.random.default_rng(seed)), adaptive=adaptive)
 
 
-def _judge(rng: np.random.Generator) -> Callable[[str, str, str], list[Verdict]]:
-    def judge(a: str, b: str, prompt: str) -> list[Verdict]:
+def _judge(rng: np.random.Generator) -> Callable[[Sequence[Duel]], list[Verdict]]:
+    def judge(duels: Sequence[Duel]) -> list[Verdict]:
+        return [row for duel in duels for row in both_orders(*duel)]
+
+    def both_orders(a: str, b: str, prompt: str) -> list[Verdict]:
         rows = []
         for first, sign in (("a", 0.5), ("b", -0.5)):
             worth_a = np.exp(ABILITIES[a] + sign * LOG_ORDER)

@@ -1,10 +1,11 @@
-"""Commands on one or several adapter folders: adapter inspect, diff, bisect, export."""
+"""Commands on one or several adapter folders: adapter inspect, diff, bisect, export, record."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from flows.cli.addresses import find_registered
 from flows.cli.reporting import JsonOption, reporting
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into adapters, compare and export them.")
@@ -106,3 +107,30 @@ def export(
         for name, reader in report.data["readers"].items():
             told = ", ".join(reader["needs"] + reader["why"]) or "as it is"
             report.say(f"  {name}: {'yes' if reader['ok'] else 'no'} ({told})")
+
+
+@app.command()
+def record(
+    merged: Annotated[Path, typer.Argument(help="A folder that `qlora merge` wrote.", show_default=False)],
+    version: Annotated[str, typer.Argument(help="models:/NAME/3 or models:/NAME@ALIAS.", show_default=False)],
+    registry: Annotated[Path, typer.Option(help="A pipeline.yaml: its registry knows the version.")],
+    json: JsonOption = False,
+) -> None:
+    """Put a merged checkpoint's certificate on the registered version it was merged from. Doing it again is no harm.
+
+    Refused where the certificate is of another adapter, or the folder no longer holds what was certified.
+
+    Example:
+
+      qlora adapter record out/merged models:/assistant/3 --registry pipeline.yaml
+    """
+    with reporting(json) as report:
+        from qlora_core.adapters.merged import certificate_of
+        from qlora_core.registry.parity_certificate import record_certificate
+
+        certificate = certificate_of(merged)
+        registered = find_registered(version, registry)
+        found = registered.adapter
+        digest = record_certificate(registered.tracking_uri, found, certificate)
+        report.data = {"model": found.name, "version": found.version, "certificate_sha256": digest}
+        report.say(f"version {found.version} of {found.name} has certificate {digest}")

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from flows.cli.reporting import JsonOption, reporting
-from qlora_core.errors import ConfigError
+from flows.cli.addresses import find_registered, is_address
+from flows.cli.reporting import JsonOption, Report, reporting
+from qlora_core.errors import ConfigError, RegistryError
 
 if TYPE_CHECKING:
+    from flows.cli.addresses import Registered
     from qlora_core.config.section import Section
 
 S = TypeVar("S", bound="Section")
@@ -49,7 +51,9 @@ def compose(
 
 
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="A PEFT adapter folder.", show_default=False)],
+    adapter: Annotated[
+        str, typer.Argument(help="A PEFT adapter folder, models:/NAME@ALIAS or models:/NAME/3.", show_default=False)
+    ],
     out: Annotated[Path, typer.Argument(help="Where the checkpoint goes: a new folder.", show_default=False)],
     target: Annotated[MergeTarget, typer.Option(help="How weights are stored.")] = MergeTarget.SIXTEEN_BIT,
     base: Annotated[
@@ -64,6 +68,12 @@ def merge(
     calibration: Annotated[
         Path | None, typer.Option(help="Other text for calibrated rounding; default: the adapter's own samples.")
     ] = None,
+    registry: Annotated[
+        Path | None, typer.Option(help="A pipeline.yaml: its registry knows models:/ addresses.", show_default=False)
+    ] = None,
+    no_record: Annotated[
+        bool, typer.Option("--no-record", help="Leave the registered version as it is; the certificate is in OUT.")
+    ] = False,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A threshold, e.g. --set merge.min_gain_4bit=0.9."),
@@ -72,11 +82,15 @@ def merge(
 ) -> None:
     """Merge an adapter into its base as a standalone checkpoint, with a certificate of what it kept; or refuse.
 
+    The certificate of a registered version is put on that version, too.
+
     Examples:
 
       qlora merge out/adapter out/merged --base models/base-nf4 --text held-out.txt
 
       qlora merge out/adapter out/merged --target nf4 --base models/base-nf4 --original models/base
+
+      qlora merge models:/assistant@champion out/merged --registry pipeline.yaml --base models/base-nf4
     """
     with reporting(json) as report:
         from qlora_core.adapters.merge import MergeRequest
@@ -84,13 +98,31 @@ def merge(
         from qlora_core.config.merge import MergeConfig
 
         config = _overridden(MergeConfig, "merge", overrides or ())
-        found = base or _named_base(adapter)
-        request = MergeRequest(adapter, found, out, target.value, original, text, calibration)
-        report.data = merge_adapter(request, config)
+        registered = find_registered(adapter, registry) if is_address(adapter) else None
+        folder = Path(adapter) if registered is None else registered.adapter.folder
+        request = MergeRequest(folder, base or _named_base(folder), out, target.value, original, text, calibration)
+        report.data = {**merge_adapter(request, config), "recorded": None}
         gain = report.data["gain_retained"]
         report.say(f"wrote {out} ({report.data['chosen']}): gain retained {'-' if gain is None else f'{gain:.4f}'}")
         report.say(f"KL {report.data['kl']:.3g} nats per token, top-1 agreement {report.data['top1_agreement']:.4f}")
         report.say(f"certificate: {report.data['certificate']}")
+        if registered is not None and not no_record:
+            _record(report, registered, out)
+
+
+def _record(report: Report, registered: "Registered", out: Path) -> None:
+    from qlora_core.registry.parity_certificate import record_certificate
+
+    found = registered.adapter
+    try:
+        digest = record_certificate(registered.tracking_uri, found, Path(report.data["certificate"]))
+    except RegistryError as error:
+        again = f"qlora adapter record {out} models:/{found.name}/{found.version} --registry CONFIG"
+        raise RegistryError(
+            f"{out} is written, its certificate is not on the version: {error}; then `{again}`"
+        ) from error
+    report.data["recorded"] = {"model": found.name, "version": found.version, "certificate_sha256": digest}
+    report.say(f"recorded with version {found.version} of {found.name}")
 
 
 def _named_base(adapter: Path) -> Path:

@@ -125,4 +125,9 @@ def _judge(config: PipelineConfig) -> str:
         with open_openai_judge(judge, os.environ, None) as client:
             client.check()
         return f"{judge.model} at {judge.base_url or 'OpenAI'}: answers"
+    if kind == "checks":
+        from qlora_core.evaluation.check_file import read_check_rows
+
+        rows = read_check_rows(config.path(judge.checks or ""))
+        return f"{len(rows)} programmatic checks: uncertified"
     return "offline, by log-probability: uncertified" if kind == "offline" else "none"

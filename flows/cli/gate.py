@@ -119,7 +119,7 @@ def _read_policy(path: Path) -> "GateConfig":
 
 def _explain(report: Report, evidence: Mapping[str, Any], policy: "GateConfig | None") -> None:
     from qlora_core.registry.evidence import policy_of
-    from qlora_core.registry.gate import check
+    from qlora_core.registry.gate.decide import check
 
     findings = check(evidence["evaluation"], evidence["champion"], policy or policy_of(evidence))
     report.data["checks"] = [
@@ -139,7 +139,7 @@ def _explain(report: Report, evidence: Mapping[str, Any], policy: "GateConfig | 
 def _detectable(evidence: Mapping[str, Any], policy: "GateConfig | None") -> dict[str, Any]:
     """How small a true gain evidence of this size and scatter shows in 8 of 10 tries, and in which metric."""
     from qlora_core.registry.evidence import policy_of
-    from qlora_core.registry.gate import minimum_detectable_gain
+    from qlora_core.registry.gate.decide import minimum_detectable_gain
 
     used = policy or policy_of(evidence)
     least = minimum_detectable_gain(evidence["evaluation"], evidence["champion"], used)

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows.cli.addresses import adapter_cache, is_address, registry_config
 from flows.cli.reporting import JsonOption, reporting
 from qlora_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qlora_core.serving.served import AdapterSource, Served
+    from qlora_core.serving.admission import AdapterSource
+    from qlora_core.serving.following import Following
+    from qlora_core.serving.served import Served
     from qlora_core.serving.server import ModelServer
 
 
@@ -61,10 +64,15 @@ def serve(
     waiting: Annotated[int, typer.Option(min=1, help="Requests that wait before others are turned away.")] = 64,
     max_body_bytes: Annotated[int, typer.Option(min=1024, help="Longest request.")] = 1 << 20,
     precision: PrecisionOption = Precision.AUTO,
+    follow_every: Annotated[
+        float, typer.Option(min=0, help="Seconds after which aliases are looked up again; 0: only at the start.")
+    ] = 5.0,
     allow_unbound: UnboundOption = False,
     json: JsonOption = False,
 ) -> None:
     """Answer over an OpenAI-compatible endpoint, each request with the adapter it names, until interrupted.
+
+    A name that follows an alias answers with the alias's new version within seconds of a promotion.
 
     Examples:
 
@@ -77,9 +85,12 @@ def serve(
             from qlora_core.serving.server import Limits, check_access, open_model_server
 
             check_access(host, os.environ)
-            served = opened.enter_context(_served(base, adapter or (), registry, name, precision, allow_unbound))
+            sources, following = _sources(adapter or (), registry, follow_every)
+            served = opened.enter_context(_served(base, sources, name, precision, allow_unbound))
             limits = Limits(rows, waiting, max_body_bytes)
-            server = open_model_server(served, host=host, port=port, environment=os.environ, limits=limits)
+            server = open_model_server(
+                served, host=host, port=port, environment=os.environ, limits=limits, following=following
+            )
             report.data = {"url": server.url, "models": list(served.models), "needs_token": server.needs_token}
             report.say(f"{server.url} answers for {', '.join(served.models)}; stop with Ctrl-C")
         try:
@@ -127,7 +138,8 @@ def chat(
         if base is None and (adapter or registry):
             raise ConfigError("--adapter and --registry go with --base; a running server has its own")
         if base is not None:
-            served = opened.enter_context(_served(base, adapter or (), registry, None, precision, allow_unbound))
+            sources, _ = _sources(adapter or (), registry, 0)
+            served = opened.enter_context(_served(base, sources, None, precision, allow_unbound))
             url = opened.enter_context(_in_this_process(served)).url
         client = ChatClient(url, os.environ.get("QLORA_SERVE_TOKEN") or None)
         settings: Mapping[str, Any] = {"temperature": temperature, "max_tokens": max_tokens}
@@ -141,51 +153,70 @@ def chat(
 
 @contextmanager
 def _served(
-    base: Path, adapters: Sequence[str], registry: Path | None, name: str | None, precision: Precision, unbound: bool
+    base: Path, sources: "Sequence[AdapterSource]", name: str | None, precision: Precision, unbound: bool
 ) -> "Iterator[Served]":
     from qlora_core.serving.served import open_served
 
-    sources = _sources(adapters, registry)
     with open_served(base, sources, base_name=name, precision=precision.value, allow_unbound=unbound) as served:
         yield served
 
 
-def _sources(adapters: Sequence[str], registry: Path | None) -> "list[AdapterSource]":
-    """The adapters of `--adapter`, addresses resolved; those of the registry where none of its own is named."""
-    from qlora_core.serving.served import AdapterSource
+def _sources(
+    adapters: Sequence[str], registry: Path | None, every_s: float
+) -> "tuple[list[AdapterSource], Following | None]":
+    """The adapters of `--adapter`, addresses resolved; those of the registry where none of its own is named.
+
+    And the names whose alias is to be followed; None where there is none, or `every_s` is 0.
+    """
+    from qlora_core.serving.admission import AdapterSource
 
     named = [_named(adapter) for adapter in adapters]
-    wanted = [(name, where) for name, where in named if where.startswith("models:/")]
-    if wanted and registry is None:
-        raise ConfigError(f"{wanted[0][1]} needs --registry CONFIG, whose registry knows it")
-    resolved = {} if registry is None else _resolved(registry, wanted)
-    sources = [resolved.pop(name, None) or AdapterSource(name, Path(where)) for name, where in named]
-    return [*sources, *resolved.values()]
+    for place, (name, _) in enumerate(named):
+        if name in [before for before, _ in named[:place]]:
+            raise ConfigError(f"--adapter names {name!r} twice; a request could not say which it means: rename one")
+    wanted = {name: where for name, where in named if is_address(where)}
+    sources = [AdapterSource(name, Path(where)) for name, where in named if not is_address(where)]
+    if not wanted and registry is None:
+        return sources, None
+    resolved, following = _resolved(next(iter(wanted.values()), ""), registry, wanted, every_s)
+    order = {name: place for place, (name, _) in enumerate(named)}
+    return sorted([*sources, *resolved], key=lambda source: order.get(source.name, len(order))), following
 
 
 def _named(adapter: str) -> tuple[str, str]:
     """Name and place; an address alone is its own name."""
     name, equals, where = adapter.partition("=")
-    if not equals and adapter.startswith("models:/"):
+    if not equals and is_address(adapter):
         return adapter, adapter
     if not name or not where:
         raise ConfigError(f"--adapter takes NAME=FOLDER, NAME=models:/M@ALIAS or models:/M@ALIAS, not {adapter!r}")
     return name, where
 
 
-def _resolved(registry: Path, wanted: Sequence[tuple[str, str]]) -> "dict[str, AdapterSource]":
-    from qlora_core.config.load import load_config
-    from qlora_core.registry.model_address import present_aliases, resolve_address
-    from qlora_core.serving.served import AdapterSource
+def _resolved(
+    first: str, registry: Path | None, wanted: Mapping[str, str], every_s: float
+) -> "tuple[list[AdapterSource], Following | None]":
+    """The versions that addresses mean now, by name; without any, those of the champion and the challenger."""
+    from qlora_core.registry.model_address import (
+        AddressBook,
+        alias_addresses,
+        is_alias,
+        present_aliases,
+        resolve_address,
+    )
+    from qlora_core.serving.admission import AdapterSource
+    from qlora_core.serving.following import Following
 
-    config = load_config(registry)
-    if not wanted:
-        wanted = [(each, each) for each in present_aliases(config.tracking_uri, config.registry.model_name)]
-    found: dict[str, AdapterSource] = {}
-    for name, address in wanted:
-        one = resolve_address(config.tracking_uri, address, config.work_dir / "champions")
-        found[name] = AdapterSource(name, one.folder, address, one.version, one.quantized_base_digest)
-    return found
+    config = registry_config(first, registry)
+    uri, cache, model_name = config.tracking_uri, adapter_cache(config), config.registry.model_name
+    present = wanted or {each: each for each in present_aliases(uri, model_name)}
+    sources = []
+    for name, address in present.items():
+        one = resolve_address(uri, address, cache)
+        sources.append(AdapterSource(name, one.folder, address, one.version, one.quantized_base_digest))
+    follow = {name: each for name, each in wanted.items() if is_alias(each)}
+    follow = follow if wanted else {each: each for each in alias_addresses(model_name)}
+    return sources, Following(AddressBook(uri, cache), follow, every_s) if follow and every_s > 0 else None
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from qlora_core.adapters.adapter_folder import (
     copy_companions,
     open_adapter,
 )
-from qlora_core.adapters.on_base import check_on_base, golden_prompts_of, write_golden_of
+from qlora_core.adapters.on_base import check_on_base, golden_prompts_of, write_same_answers
 from qlora_core.digest import digest_files
 from qlora_core.errors import ConfigError, ModelError
 from qlora_core.model.adapter import GOLDEN_LOGITS_FILE, GOLDEN_PROMPTS_FILE, PARENTS_KEY, PROVENANCE_FILE
@@ -36,13 +36,15 @@ _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 def export_canonical(source: Path, out: Path, *, base: Path | None = None, rank: int | None = None) -> dict[str, Any]:
     """Write the adapter in `source` to the new folder `out` in canonical form; returns its `portability.json`.
 
-    `base`: its 4-bit base, on which golden logits are made and the fit is checked; without it the source's own golden
-    files are copied. `rank`: zero-pad up to this one (some programs compute fixed ranks), default the largest in use.
+    `base`: its 4-bit base, on which the fit is checked, and that source and export answer alike, which makes the golden
+    logits; without it the source's own golden files are copied. `rank`: zero-pad up to this one (some programs compute
+    fixed ranks), default the largest in use.
     The report: {"rank", "dtype", "target_modules", "largest_factor", "fits_float16", "chat_template_digest",
-    "readers": {name: {"ok", "needs", "why"}}, "source_digest", "adapter_digest"}.
+    "readers": {name: {"ok", "needs", "why"}}, "source_digest", "adapter_digest", "largest_logit_difference"}.
 
     Raises:
-        ModelError: DoRA, biases, embeddings, fully trained modules, NaN, or an adapter on top of another, by name.
+        ModelError: DoRA, biases, embeddings, fully trained modules, NaN, or an adapter on top of another, by name;
+            an export that answers other than its source.
         ConfigError: `out` is taken, or the rank too small.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -61,8 +63,8 @@ def export_canonical(source: Path, out: Path, *, base: Path | None = None, rank:
     stage.mkdir(parents=True)
     try:
         CanonicalWriter(adapter.modules, rank or largest, common_targets([adapter]), adapter.factors).write(stage)
-        _write_companions(adapter, stage, base)
-        report = _report(adapter, stage, rank or largest)
+        difference = _write_companions(adapter, stage, base)
+        report = _report(adapter, stage, rank or largest) | {"largest_logit_difference": difference}
         (stage / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         if out.exists():
             out.rmdir()
@@ -98,16 +100,18 @@ def portability(rank: int, modules: tuple[str, ...], largest: float) -> dict[str
     }
 
 
-def _write_companions(adapter: AdapterFolder, folder: Path, base: Path | None) -> None:
+def _write_companions(adapter: AdapterFolder, folder: Path, base: Path | None) -> float | None:
+    """What lies beside the weights; returns the largest difference from the source's logits, None without a base."""
     copy_companions(adapter.path, folder)
     card = {key: value for key, value in adapter.provenance.items() if key != "params"}
     card |= {"exported_from": adapter.digest}
     (folder / PROVENANCE_FILE).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if base is not None:
-        write_golden_of(base, folder, [adapter.path])
-    elif golden_prompts_of([adapter.path]) and (adapter.path / GOLDEN_PROMPTS_FILE).is_file():
+        return write_same_answers(base, folder, adapter.path)
+    if golden_prompts_of([adapter.path]) and (adapter.path / GOLDEN_PROMPTS_FILE).is_file():
         for name in (GOLDEN_PROMPTS_FILE, GOLDEN_LOGITS_FILE):
             shutil.copyfile(adapter.path / name, folder / name)
+    return None
 
 
 def _report(adapter: AdapterFolder, folder: Path, rank: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from qlora_core.adapters.calibrated import MomentShelf, calibrated_nf4
 from qlora_core.adapters.deltas import LayerDelta, as_json, delta_norm, predict, projection, read_effects
 from qlora_core.adapters.dense_checkpoint import closest_dtype, write_dense
 from qlora_core.adapters.merge_source import DequantizedSource, MergeBase, open_merge_base
+from qlora_core.adapters.merged import CERTIFICATE_FILE, CHECKPOINT_KEY, checkpoint_digest
 from qlora_core.adapters.on_base import check_on_base, golden_prompts_of
 from qlora_core.adapters.parity import TokenRows, failures, measure
 from qlora_core.adapters.samples import sampled_rows, text_rows
@@ -39,7 +40,6 @@ from qlora_core.quantization.checkpoint import checkpoint_files, is_quantized, r
 from qlora_core.quantization.quantize import quantize_checkpoint
 from qlora_core.quantization.tensor_source import LocalSource, TensorSource
 
-CERTIFICATE_FILE = "certificate.json"
 _NAME = "adapter"
 
 
@@ -98,6 +98,7 @@ def merge(request: MergeRequest, config: MergeConfig) -> dict[str, Any]:
         certificate |= _origin(request, adapter)
         if chosen is None:
             _refuse(request, certificate)
+        certificate |= {CHECKPOINT_KEY: checkpoint_digest(chosen)}
         text = json.dumps(certificate, indent=1, allow_nan=False)
         (chosen / CERTIFICATE_FILE).write_text(text + "\n", encoding="utf-8")
         if request.out.exists():

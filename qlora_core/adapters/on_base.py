@@ -81,6 +81,30 @@ def write_golden_of(base: Path, folder: Path, parents: Sequence[Path]) -> None:
     write_golden(folder, Golden(prompts, golden_logits(model, prompts)))
 
 
+def write_same_answers(base: Path, folder: Path, source: Path) -> float:
+    """Golden logits of another form of an adapter beside it, once it answers on the base what `source` answers.
+
+    On the source's golden prompts, or on single tokens where it has none. Returns the largest difference of any logit.
+
+    Raises:
+        ModelError: a logit differs by more than GOLDEN_TOLERANCE; nothing was written.
+    """
+    prompts, model = golden_prompts_of([source]), load_any(base, precision="float32")
+    answers = []
+    for each in (source, folder):
+        attached = attach_adapter(model, each)
+        answers.append(golden_logits(attached, prompts))
+        attached.unload()
+    largest = max((one - other).abs().max().item() for one, other in zip(*answers, strict=True))
+    if not largest <= GOLDEN_TOLERANCE:  # NaN too
+        raise ModelError(
+            f"{folder} answers other than {source}: a logit differs by {largest:.3g}, {GOLDEN_TOLERANCE:g} is allowed; "
+            "the disk or the base is damaged, export again"
+        )
+    write_golden(folder, Golden(prompts, answers[1]))
+    return largest
+
+
 def golden_prompts_of(folders: Sequence[Path], count: int = 3) -> list[list[int]]:
     """Up to `count` different golden prompts of adapters' folders; token ids 1 to 3 where there are none."""
     prompts: list[list[int]] = []

@@ -12,8 +12,9 @@ from qlora_core.config.section import SECRET, Section
 class JudgeConfig(Section):
     """Who compares two answers. The API key comes from the environment (OPENAI_API_KEY) and nowhere else."""
 
-    kind: Literal["auto", "openai", "offline", "none"] = Field(
-        default="auto", description="auto: openai when OPENAI_API_KEY is set, else offline (uncertified)"
+    kind: Literal["auto", "openai", "offline", "checks", "none"] = Field(
+        default="auto",
+        description="auto: openai when OPENAI_API_KEY is set, else offline (uncertified); checks: see `checks`",
     )
     model: str = "gpt-4.1"
     mode: Literal["pairwise", "score10", "rubric", "reference"] = Field(
@@ -21,6 +22,9 @@ class JudgeConfig(Section):
         description="A, B or tie; 1 to 10 as in the QLoRA paper; 1 to 5 by `rubric`; or beside the reference answer",
     )
     rubric: str | None = Field(default=None, min_length=1, description="what the rubric mode rates by, in words")
+    checks: str | None = Field(
+        default=None, description="for kind checks: a .jsonl of programmatic checks by prompt or category (uncertified)"
+    )
     certificate: str | None = Field(
         default=None, description="what `qlora judge certify` wrote; a judge without its own counts as uncertified"
     )
@@ -57,6 +61,14 @@ class JudgeConfig(Section):
     def _rubric_belongs_to_its_mode(self) -> "JudgeConfig":
         if (self.mode == "rubric") != (self.rubric is not None):
             raise ValueError("mode: rubric needs `rubric`, and no other mode reads one; set both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _checks_belong_to_their_kind(self) -> "JudgeConfig":
+        if (self.kind == "checks") != (self.checks is not None):
+            raise ValueError(
+                "kind: checks needs `checks`, a .jsonl file, and no other kind reads one; set both or neither"
+            )
         return self
 
 

@@ -97,6 +97,8 @@ class SweepConfig(Section):
                 raise ValueError(f"{name!r} is not a field of the train section{hint}")
             if name == "objective":
                 raise ValueError("losses of different objectives cannot be compared; set train.objective for all")
+            if name in ("start_from", "start_as"):
+                raise ValueError(f"all trials of a sweep begin alike; set train.{name} for all")
             if isinstance(values, list) and not values:
                 raise ValueError(f"the list of values for {name!r} is empty; name at least one")
         return space

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qlora_core.config.section import Section
 
@@ -21,6 +21,10 @@ class TrainConfig(Section):
         default=None,
         min_length=1,
         description="an adapter to begin from: champion, models:/NAME/VERSION, or a PEFT folder; needs gate.slices.by",
+    )
+    start_as: Literal["weights", "parent"] = Field(
+        default="weights",
+        description="what start_from is to a trial: weights it begins with, or a frozen parent it is trained on top of",
     )
     lora_rank: int = Field(default=64, ge=1, le=1024)
     lora_alpha: float = Field(default=16.0, gt=0)
@@ -60,3 +64,11 @@ class TrainConfig(Section):
     )
     checkpoint_every_steps: int = Field(default=50, ge=1)
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _parent_is_named(self) -> "TrainConfig":
+        if self.start_as == "parent" and self.start_from is None:
+            raise ValueError("start_as: parent needs start_from, which names the adapter to train on top of")
+        if self.start_as == "parent" and self.use_dora:
+            raise ValueError("start_as: parent with use_dora could not be fused; train plain LoRA on top of a parent")
+        return self

@@ -25,17 +25,17 @@ from qlora_core.data.encodings import Encoder
 from qlora_core.data.leak_gate import check_no_leaks
 from qlora_core.data.ledger import Dropped, make_funnel
 from qlora_core.data.loss_mask import encode_proven
-from qlora_core.data.memory import arrow_on_system_memory
+from qlora_core.data.memory import arrow_on_system_memory, collecting_new_only
 from qlora_core.data.near_duplicates.find import drop_near_duplicates
 from qlora_core.data.packing import sequence_tokens
 from qlora_core.data.placement import place_rows, read_earlier
 from qlora_core.data.policy import check_score_names, decide
-from qlora_core.data.proof_tags import check_proofs, is_over_long, prove_rows
+from qlora_core.data.proof_tags import check_proofs, is_over_long
 from qlora_core.data.reading import SourceReading, check_quarantine, read_sources
 from qlora_core.data.redaction import Redactor
 from qlora_core.data.remaining import Remaining
 from qlora_core.data.row import Row
-from qlora_core.data.row_store import RowStore
+from qlora_core.data.row_store import RowStore, RowView
 from qlora_core.data.selection.choose import Selection, select_rows
 from qlora_core.data.source_files import list_source_files
 from qlora_core.data.split import SIDES, Side
@@ -61,6 +61,7 @@ MAX_UNPROVEN_AT_FIRST = 0.5
 
 
 @arrow_on_system_memory()
+@collecting_new_only()
 def curate(
     config: DataConfig,
     sources: Sequence[Path],
@@ -98,18 +99,22 @@ def curate(
     remaining = Remaining(RowStore.concatenate(reading.rows for reading in readings))
     # One holder of the texts, so that they can be let go of when they are written
     readings = [replace(reading, rows=RowStore()) for reading in readings]
-    _redact(remaining, redactor)
-    remaining.keep(*drop_duplicates(remaining.rows, source_order, earlier_ids))
+    _redact(remaining, redactor, tag_cache)
+    remaining.keep(*drop_duplicates(remaining.rows, source_order, earlier_ids, tag_cache))
     _check_not_empty(remaining, readings)
-    _check_first_rows(chat, remaining.rows)
+    _check_first_rows(chat, remaining.rows, taggers[0], tag_cache)
+    remaining.in_order()
     remaining.tags = tag_rows(remaining.rows, taggers, tag_cache)
     _keep_provable(chat, remaining, limit, config)
     remaining.keep(*decide(remaining.rows, remaining.tags, config.policy))
     contamination = decontaminate(remaining.rows, items, config.decontaminate)
     remaining.keep(contamination.kept, contamination.dropped)
-    near = drop_near_duplicates(remaining.rows, source_order, config.near_duplicates, earlier=earlier_ids)
-    remaining.keep(near.kept, near.dropped)
-    placement = place_rows(remaining.rows, config.split, near.cluster_of[near.kept], earlier_ids)
+    near = drop_near_duplicates(
+        remaining.rows, source_order, config.near_duplicates, earlier=earlier_ids, cache=tag_cache
+    )
+    stay = np.sort(near.kept)
+    remaining.keep(stay, near.dropped)
+    placement = place_rows(remaining.rows, config.split, near.cluster_of[stay], earlier_ids)
     remaining.dropped += placement.dropped
     sides = {str(side): positions for side, positions in placement.sides.items()}
     selection = _select(remaining, sides, limit, config)
@@ -137,15 +142,10 @@ def _check_settings(config: DataConfig, taggers: Sequence[Tagger], limit: int) -
         sequence_tokens(config.packing.tokens, limit)
 
 
-def _redact(remaining: Remaining, redactor: Redactor) -> None:
+def _redact(remaining: Remaining, redactor: Redactor, cache: TagCache | None) -> None:
     """Replace the rows that hold what is to go; the others are not copied."""
-    changed, places = RowStore(), []
-    for place, row in enumerate(remaining.rows):
-        made = redactor.redact(row)
-        if made is not row:
-            changed.append(made)
-            places.append(place)
-    remaining.replace(np.array(places, np.int64), changed)
+    places = redactor.suspects(remaining.rows, cache)
+    remaining.replace(places, map(redactor.redact, remaining.rows.select(places)))
 
 
 def _check_not_empty(remaining: Remaining, readings: Sequence[SourceReading]) -> None:
@@ -154,11 +154,12 @@ def _check_not_empty(remaining: Remaining, readings: Sequence[SourceReading]) ->
         raise DataError(f"no row is left after curation.\n{funnel.table()}\nMend the quarantined rows, or add sources")
 
 
-def _check_first_rows(chat: ChatTokenizer, rows: Sequence[Row]) -> None:
+def _check_first_rows(chat: ChatTokenizer, rows: RowView, proof: Tagger, cache: TagCache | None) -> None:
     """A wrong template or tokenizer is told before a million rows are tagged."""
     check_tokenizer(chat, rows)
     first = rows[:FIRST_ROWS]
-    check_proofs(chat, prove_rows(chat, first), first, MAX_UNPROVEN_AT_FIRST, MAX_UNPROVEN_AT_FIRST)
+    proofs = tag_rows(first, [proof], cache).table
+    check_proofs(chat, proofs, first, MAX_UNPROVEN_AT_FIRST, MAX_UNPROVEN_AT_FIRST)
 
 
 def _taggers(config: DataConfig, chat: ChatTokenizer, folder: Path, max_positions: int) -> list[Tagger]:
@@ -248,18 +249,18 @@ def _write(out: Path, found: Curated, encoder: Encoder, config: DataConfig) -> d
     encoder.chat.tokenizer.save_pretrained(str(out / "tokenizer"))
     # The gate reads the written rows anew; two copies of the texts would be the peak of the whole stage
     found.remaining.forget_rows()
-    check_no_leaks(out, lambda stored: _clusters(stored, found, config))
+    check_no_leaks(out, lambda stored: _clusters(stored, found, config, encoder.cache))
     curation = summarize(found, funnel, written, packing, encoder.chat, config)
     (out / "card.md").write_text(make_card(curation, config.model_dump(mode="json")), encoding="utf-8")
     (out / "curation.json").write_bytes(canonical_json(curation))
     return curation
 
 
-def _clusters(stored: Sequence[Row], found: Curated, config: DataConfig) -> np.ndarray:
+def _clusters(stored: Sequence[Row], found: Curated, config: DataConfig, cache: TagCache | None) -> np.ndarray:
     """The near-duplicate clusters of the written rows, found anew; what is taken off them was learnt before."""
     places: dict[str, int] = {side: place for place, side in enumerate(SIDES)}
     settings = config.near_duplicates
-    return drop_near_duplicates(stored, places, settings, found.near.preambles).cluster_of
+    return drop_near_duplicates(stored, places, settings, found.near.preambles, cache=cache).cluster_of
 
 
 def _check_sides(sides: dict[str, np.ndarray], funnel_table: str, limit: int) -> None:

@@ -1,15 +1,17 @@
 """Reading a curated folder back: token rows for training, prompts for evaluation. Knows nothing of how it was made."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from qlora_core.data.row import Message
+from qlora_core.data.row_store import ROLES, SCHEMA, TRAINED
 from qlora_core.data.shards import shard_files
 from qlora_core.errors import DataError
 
@@ -57,34 +59,6 @@ class RowLabels(NamedTuple):
     language: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class StoredConversation:
-    """What the leak gate needs of a written row. `rejected` is the worse answer of a preference pair."""
-
-    id: str
-    messages: tuple[Message, ...]
-    group_keys: tuple[str, ...] = ()
-    rejected: str | None = None
-
-
-class StoredConversations(Iterable[StoredConversation]):
-    """The conversations of a side, read from its files batch by batch each time they are gone through."""
-
-    def __init__(self, folder: Path, split: str) -> None:
-        self._files = shard_files(folder, split)
-
-    def __len__(self) -> int:
-        return sum(_row_count(path) for path in self._files)
-
-    def __iter__(self) -> Iterator[StoredConversation]:
-        for values in _rows(self._files, ["id", "messages", "train", "group_keys", "rejected"]):
-            row_id, turns, train, group_keys, rejected = values
-            messages = tuple(
-                Message(turn["role"], turn["content"], flag) for turn, flag in zip(turns, train, strict=True)
-            )
-            yield StoredConversation(row_id, messages, tuple(group_keys), rejected)
-
-
 def read_split(folder: Path, split: str) -> list[TokenRow]:
     """All rows of `train`, `validation` or `test`, ordered by id; those that hold a preference pair are PreferenceRows.
 
@@ -113,32 +87,65 @@ def read_labels(folder: Path, split: str) -> dict[str, RowLabels]:
     return {row_id: RowLabels(category, language) for row_id, category, language in _rows(files, ["id"], _LABELS)}
 
 
-def read_conversations(folder: Path, split: str) -> StoredConversations:
-    """The conversations of a split as written, ordered by id, read as they are gone through; no more than a batch of
-    them is in memory. Raises as `read_split` does, for a damaged file when it is reached.
+def read_conversations(folder: Path, split: str) -> Iterator[pa.RecordBatch]:
+    """The conversations of a split as written, ordered by id, in batches with the columns of `row_store.SCHEMA`.
+
+    A row's source is the name of the split, its line its place there from 1. Labels are null; tools are too in sets
+    that were curated before they were written. Raises as `read_split` does, for a damaged file when it is reached.
     """
-    return StoredConversations(folder, split)
+    line = 1
+    for path in shard_files(folder, split):
+        for batch in _batches(path, ["id", "messages", "train", "group_keys", "rejected"], ["tools"]):
+            yield _conversations(batch, split, line)
+            line += len(batch)
+
+
+def _conversations(batch: pa.RecordBatch, split: str, line: int) -> pa.RecordBatch:
+    messages, train = batch.column("messages"), batch.column("train")
+    said = messages.flatten()
+    roles = pc.call_function("index_in", [said.field("role")], pc.SetLookupOptions(pa.array(ROLES))).to_numpy()
+    flags = train.flatten().to_numpy(zero_copy_only=False)
+    codes = pa.py_buffer(roles.astype(np.uint8) | np.where(flags, np.uint8(TRAINED), np.uint8(0)))
+    offsets = pa.array(messages.offsets.to_numpy() - messages.offsets[0].as_py())
+    count = len(batch)
+    columns = {
+        "id": batch.column("id"),
+        "turns": pa.Array.from_buffers(pa.binary(), count, [None, offsets.buffers()[1], codes]),
+        "contents": pa.ListArray.from_arrays(offsets, said.field("content")),
+        "source": pa.array([split] * count),
+        "line": pa.array(np.arange(line, line + count)),
+        "trimmed": pa.array(np.zeros(count, np.int32)),
+        "tools": batch.column("tools") if "tools" in batch.schema.names else pa.nulls(count, pa.string()),
+        "rejected": batch.column("rejected"),
+        "group_keys": batch.column("group_keys"),
+    }
+    arrays = [
+        columns[field.name].cast(field.type) if field.name in columns else pa.nulls(count, field.type)
+        for field in SCHEMA
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
 def _rows(files: Sequence[Path], names: Sequence[str], optional: Sequence[str] = ()) -> Iterator[tuple[Any, ...]]:
     """The rows of the files in order, each as its values in these columns; optional ones that are absent give None."""
     for path in files:
-        try:
-            with pq.ParquetFile(path) as file:
-                present = [name for name in optional if name in file.schema_arrow.names]
-                for batch in file.iter_batches(BATCH_ROWS, columns=[*names, *present]):
-                    # Columns held by the zip alone: a name for them would keep a batch alive beside the next one
-                    found = (batch.column(name).to_pylist() for name in (*names, *present))
-                    absent = ([None] * len(batch) for _ in range(len(optional) - len(present)))
-                    yield from zip(*found, *absent, strict=True)
-        except (OSError, KeyError, pa.ArrowException) as error:
-            raise _unusable(path, error) from error
+        for batch in _batches(path, names, optional):
+            # Columns held by the zip alone: a name for them would keep a batch alive beside the next one
+            found = (
+                batch.column(name).to_pylist() if name in batch.schema.names else [None] * len(batch)
+                for name in (*names, *optional)
+            )
+            yield from zip(*found, strict=True)
 
 
-def _row_count(path: Path) -> int:
+def _batches(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
+    """These columns of a file, some rows at a time; without those of the optional ones that are absent."""
     try:
-        return int(pq.read_metadata(path).num_rows)
-    except (OSError, pa.ArrowException) as error:
+        with pq.ParquetFile(path) as file:
+            present = [name for name in optional if name in file.schema_arrow.names]
+            for batch in file.iter_batches(BATCH_ROWS, columns=[*names, *present]):
+                yield batch.select([*names, *present])
+    except (OSError, KeyError, pa.ArrowException) as error:
         raise _unusable(path, error) from error
 
 

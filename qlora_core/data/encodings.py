@@ -12,12 +12,14 @@ import numpy as np
 import pyarrow as pa
 
 from qlora_core.data.chat_template import ChatTokenizer
+from qlora_core.data.encoded_columns import encoded_columns
 from qlora_core.data.loss_mask import MaskedRow, TrainedTurn, encode_proven
 from qlora_core.data.row import Row
-from qlora_core.data.row_store import RowView
-from qlora_core.data.tags.cache import KEY_TYPE, TagCache
+from qlora_core.data.row_store import RowView, rows_of
+from qlora_core.data.tables import row_columns
+from qlora_core.data.tags.cache import TagCache
 from qlora_core.data.tags.proof import tokenizer_settings
-from qlora_core.data.tags.tagger import KEY_BYTES, fingerprint_of
+from qlora_core.data.tags.tagger import KEY_BYTES, fingerprint_of, tag_keys
 
 # Raise it whenever the tokens, the mask or the prompts of the same row would be others.
 ENCODING_VERSION = 1
@@ -39,6 +41,26 @@ class Encoder:
     cache: TagCache | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedBatch:
+    """Rows in tokens: those found as columns (ROW_SCHEMA), with their places in the batch, and the others as rows.
+
+    The others are the ones encoded now, and preference pairs, whose worse answers are still to be encoded.
+    """
+
+    columns_at: np.ndarray
+    columns: pa.Table
+    masked_at: np.ndarray
+    masked: Sequence[MaskedRow]
+
+    def table(self, masked: Sequence[MaskedRow]) -> pa.Table:
+        """All rows as a table of ROW_SCHEMA in the batch's order, with `masked` in the place of those of that name."""
+        if not len(self.masked_at):
+            return self.columns
+        order = np.argsort(np.concatenate([self.columns_at, self.masked_at]))
+        return pa.concat_tables([self.columns, row_columns(masked)]).take(pa.array(order))
+
+
 class EncodedRows:
     """The tokens of `rows`, which the encoder's tokenizer has proven before.
 
@@ -48,7 +70,7 @@ class EncodedRows:
 
     def __init__(self, encoder: Encoder, rows: RowView, whole: np.ndarray) -> None:
         self._chat, self._cache, self._rows, self._whole = encoder.chat, encoder.cache, rows, whole
-        self._keys = _keys(rows)
+        self._keys = tag_keys(rows)
         self._settings = tokenizer_settings(encoder.chat, encoder.folder)
 
     def parts(self, positions: np.ndarray) -> list[np.ndarray]:
@@ -56,52 +78,48 @@ class EncodedRows:
         first = self._keys[positions].view(np.uint8).reshape(-1, KEY_BYTES)[:, 0] // (256 // PARTS)
         return np.split(positions, np.searchsorted(first, np.arange(1, PARTS)))
 
-    def encode(self, part: int, batches: Sequence[np.ndarray]) -> Iterator[list[MaskedRow]]:
+    def encode(self, part: int, batches: Sequence[np.ndarray]) -> Iterator[EncodedBatch]:
         """The rows of each batch of positions in tokens, as `encode_proven` gives them; all lie in one part.
 
         What was not kept before is kept when the last batch was taken. Raises MaskError as `encode_proven` does.
         """
-        if self._cache is None:
-            yield from (encode_proven(self._chat, self._rows.select(batch)) for batch in batches)
-            return
         if not batches:
             return
-        fingerprint = fingerprint_of(f"encoding {part}", ENCODING_VERSION, ENCODING_SCHEMA, self._settings)
         places = np.concatenate(batches)
+        rows = self._rows.select(places).batch()
         hit, found = np.zeros(len(places), bool), ENCODING_SCHEMA.empty_table()
-        whole = np.flatnonzero(self._whole[places])
-        hit[whole], found = self._cache.lookup(fingerprint, ENCODING_SCHEMA, self._keys[places[whole]])
+        whole, keys = self._whole[places], self._keys[places]
+        fingerprint = fingerprint_of(f"encoding {part}", ENCODING_VERSION, ENCODING_SCHEMA, self._settings)
+        if self._cache is not None:
+            hit[whole], found = self._cache.lookup(fingerprint, ENCODING_SCHEMA, keys[whole])
         made: list[pa.Table] = [ENCODING_SCHEMA.empty_table()]
         start = taken = 0
         for batch in batches:
-            known = hit[start : start + len(batch)]
+            part_of = slice(start, start + len(batch))
+            known = hit[part_of]
             count = int(known.sum())
-            masked, new = self._batch(batch, known, found.slice(taken, count))
-            made.append(_table([one for one, keep in zip(new, self._whole[batch[~known]], strict=True) if keep]))
+            here = rows.slice(start, len(batch))
+            encoded, new = self._batch(here, known, found.slice(taken, count))
+            made.append(_table([one for one, keep in zip(new, whole[part_of][~known], strict=True) if keep]))
             start, taken = start + len(batch), taken + count
-            yield masked
-        self._cache.append(fingerprint, self._keys[places[~hit & self._whole[places]]], pa.concat_tables(made))
+            yield encoded
+        if self._cache is not None:
+            self._cache.append(fingerprint, keys[~hit & whole], pa.concat_tables(made))
 
-    def _batch(self, batch: np.ndarray, known: np.ndarray, found: pa.Table) -> tuple[list[MaskedRow], list[MaskedRow]]:
-        """All rows of the batch in order, and those of them that were encoded now."""
-        rows = list(self._rows.select(batch))
-        new = encode_proven(self._chat, [row for row, is_known in zip(rows, known, strict=True) if not is_known])
-        kept, made = zip(*(column.to_pylist() for column in found.columns), strict=True), iter(new)
-        masked = [
-            _masked(row, *next(kept)) if is_known else next(made) for row, is_known in zip(rows, known, strict=True)
+    def _batch(self, rows: pa.RecordBatch, known: np.ndarray, found: pa.Table) -> tuple[EncodedBatch, list[MaskedRow]]:
+        """All rows of the batch, and those of them that were encoded now. `found` belongs to the known ones."""
+        is_pair = rows.column("rejected").is_valid().to_numpy(zero_copy_only=False)
+        if known.all() and not is_pair.any():
+            return EncodedBatch(np.arange(len(rows)), encoded_columns(rows, found), known[:0], []), []
+        new_at = np.flatnonzero(~known)
+        new = encode_proven(self._chat, list(rows_of(rows.take(pa.array(new_at)))))
+        pairs_at, plain_at = np.flatnonzero(known & is_pair), np.flatnonzero(known & ~is_pair)
+        pairs = found.filter(pa.array(is_pair[known])).to_pylist()
+        kept = [
+            _masked(row, **values) for row, values in zip(rows_of(rows.take(pa.array(pairs_at))), pairs, strict=True)
         ]
-        return masked, new
-
-
-def _keys(rows: RowView) -> np.ndarray:
-    """Each row's key, S16: the first half of its id."""
-    keys = np.zeros(len(rows), KEY_TYPE)
-    place = 0
-    for chunk in rows.column("id").chunks:
-        for row_id in chunk:
-            keys[place] = bytes.fromhex(row_id.as_py()[: 2 * KEY_BYTES])
-            place += 1
-    return keys
+        plain = encoded_columns(rows.take(pa.array(plain_at)), found.filter(pa.array(~is_pair[known])))
+        return EncodedBatch(plain_at, plain, np.concatenate([new_at, pairs_at]), [*new, *kept]), new
 
 
 def _table(rows: Sequence[MaskedRow]) -> pa.Table:

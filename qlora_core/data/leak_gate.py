@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
-from qlora_core.data.dataset import StoredConversation, read_conversations
+from qlora_core.data.dataset import read_conversations
 from qlora_core.data.memory import return_memory
-from qlora_core.data.relations import Kind, Relations, RelationsBuilder, user_turns
-from qlora_core.data.row import Row
-from qlora_core.data.row_store import RowStore
+from qlora_core.data.relations import Kind, Relations, RelationsBuilder
+from qlora_core.data.row import Row, row_id
+from qlora_core.data.row_store import ROLES, TRAINED, RowStore, rows_of
 from qlora_core.data.split import PRECEDENCE, SIDES
 from qlora_core.data.text_form import folded
 from qlora_core.errors import DataError
@@ -33,17 +34,17 @@ ClusterRows = Callable[[Sequence[Row]], np.ndarray]
 def check_no_leaks(folder: Path, cluster_rows: ClusterRows | None = None) -> None:
     """Read the three written splits and compare every two of them.
 
-    `cluster_rows` takes all written rows, the source of each being its side, and gives each the number of its near-
-    duplicate cluster, -1 for none; None leaves near-duplicates unchecked.
+    `cluster_rows` takes all written rows, the source of each being its side and its id made anew from what is written,
+    and gives each the number of its near-duplicate cluster, -1 for none; None leaves near-duplicates unchecked.
 
     Raises DataError, naming ids, if two sides share a whole conversation (case, spacing and punctuation aside), a
     declared group key or a near-duplicate cluster, if a prompt of one side is a user turn on another, or if an id
     occurs twice.
     """
-    relations, side = _read_relations(folder)
+    relations, side, written = _read(folder, keep=cluster_rows is not None)
     return_memory()
     if cluster_rows is not None:
-        relations = relations.with_clusters(np.asarray(cluster_rows(_written_rows(folder))))
+        relations = relations.with_clusters(np.asarray(cluster_rows(written)))
     leaking = _leaking_entries(relations, side)
     rows = np.unique(relations.row[leaking])
     faults = [_describe(relations, side, leaking, row) for row in rows[:SHOWN_LEAKS].tolist()]
@@ -56,22 +57,36 @@ def check_no_leaks(folder: Path, cluster_rows: ClusterRows | None = None) -> Non
         )
 
 
-def _read_relations(folder: Path) -> tuple[Relations, np.ndarray]:
-    """The relations of all written rows, and the place in `PRECEDENCE` of each row's side."""
-    builder = RelationsBuilder()
+def _read(folder: Path, *, keep: bool) -> tuple[Relations, np.ndarray, RowStore]:
+    """The relations of all written rows, the place in `PRECEDENCE` of each row's side, and if asked for the rows."""
+    builder, store = RelationsBuilder(), RowStore()
     counts = dict.fromkeys(SIDES, 0)
     for name in SIDES:
-        for stored in read_conversations(folder, name):
-            builder.add(stored.id, user_turns(stored.messages), stored.group_keys, _whole(stored))
-            counts[name] += 1
+        for batch in read_conversations(folder, name):
+            _relate(builder, batch)
+            counts[name] += len(batch)
+            if keep:
+                store.append_batch(_by_content(batch))
     places = [PRECEDENCE.index(name) for name in SIDES]
-    return builder.build(), np.repeat(np.array(places, np.int8), [counts[name] for name in SIDES])
+    return builder.build(), np.repeat(np.array(places, np.int8), [counts[name] for name in SIDES]), store
 
 
-def _whole(stored: StoredConversation) -> str:
+def _relate(builder: RelationsBuilder, batch: pa.RecordBatch) -> None:
+    columns = (batch.column(name).to_pylist() for name in ("id", "turns", "contents", "group_keys"))
+    for written_id, codes, contents, group_keys in zip(*columns, strict=True):
+        turns = [(ROLES[code & ~TRAINED], folded(text)) for code, text in zip(codes, contents, strict=True)]
+        builder.add(written_id, [text for role, text in turns if role == "user"], group_keys, _whole(turns))
+
+
+def _whole(turns: Sequence[tuple[str, str]]) -> str:
     """One text for a conversation; the lengths keep a turn's text from being taken for a border."""
-    turns = [(message.role, folded(message.content)) for message in stored.messages]
     return "".join(f"{role} {len(text)} {text}" for role, text in turns)
+
+
+def _by_content(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The rows under the ids of what they say: what others know of an id must not stand in for what was written."""
+    ids = pa.array([row_id(row.messages, row.tools, row.rejected) for row in rows_of(batch)], pa.string())
+    return batch.set_column(batch.schema.get_field_index("id"), batch.schema.field("id"), ids)
 
 
 def _leaking_entries(relations: Relations, side: np.ndarray) -> np.ndarray:
@@ -100,14 +115,3 @@ def _describe(relations: Relations, side: np.ndarray, leaking: np.ndarray, row: 
     match = candidates[np.lexsort((relations.rank[candidates], side[candidates]))[0]]
     later, earlier = (f"{relations.ids[int(r)].as_py()} ({PRECEDENCE[side[r]]})" for r in (row, match))
     return f"{later} matches {earlier}: {REASONS[Kind(int(relations.kind[entry]))]}"
-
-
-def _written_rows(folder: Path) -> RowStore:
-    """All written rows, `SIDES` after each other; a row's source is its side, its line its place there."""
-    store = RowStore()
-    for side in SIDES:
-        for line, stored in enumerate(read_conversations(folder, side), start=1):
-            store.append(
-                Row(stored.id, stored.messages, side, line, rejected=stored.rejected, group_keys=stored.group_keys)
-            )
-    return store

@@ -8,16 +8,27 @@ import dataclasses
 import functools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from qlora_core.config.curation import PolicyConfig
 from qlora_core.data.row import Row, row_id
+from qlora_core.data.row_store import RowView
+from qlora_core.data.tags.cache import TagCache
 from qlora_core.data.tags.findings import Finding, replaced, without_overlaps
-from qlora_core.data.tags.personal_data import Recogniser
+from qlora_core.data.tags.personal_data import PACKAGES, PERSONAL_DATA_VERSION, Recogniser
+from qlora_core.data.tags.run import tag_rows
+from qlora_core.data.tags.tagger import Tagged, fingerprint_of, tagged
 from qlora_core.digest import canonical_json
 
 LABELS = ("category", "licence", "generator", "language")
+# Raise it whenever a text that was left as it is would be redacted.
+REDACTION_VERSION = 1
 
 
 class Redactor:
@@ -33,14 +44,52 @@ class Redactor:
     def __init__(self, policy: PolicyConfig, allow: Sequence[str]) -> None:
         self._secrets = policy.secrets == "redact"
         self._personal_data = policy.personal_data == "redact"
+        self._settings = {
+            "secrets": self._secrets,
+            "personal_data": self._personal_data,
+            "allow": sorted(set(allow)),
+            "patterns": PERSONAL_DATA_VERSION,
+            "versions": [version(package) for package in PACKAGES],
+        }
         self._recogniser = Recogniser(allow, personal_data=self._personal_data, secrets=self._secrets)
         self._label_findings = functools.lru_cache(maxsize=4096)(self._findings)
         self.counts: Counter[str] = Counter()
         self.rows = 0
 
+    @property
+    def acts(self) -> bool:
+        """Whether anything is replaced at all."""
+        return self._secrets or self._personal_data
+
+    def suspects(self, rows: RowView, cache: TagCache | None = None) -> np.ndarray:
+        """The positions (int64, rising) of the rows in which something is to be replaced; `cache` has what texts held.
+
+        All others come back from `redact` as they are.
+        """
+        if not self.acts:
+            return np.empty(0, np.int64)
+        clean = tag_rows(rows, [_TextTagger(self, self._settings)], cache).table.column("text_clean")
+        found = ~clean.to_numpy()
+        for name in LABELS:
+            labels = rows.column(name).cast(pa.string())
+            held = [label for label in labels.unique().drop_null().to_pylist() if self._label_findings(label)]
+            found |= pc.call_function("is_in", [labels], pc.SetLookupOptions(pa.array(held, pa.string()))).to_numpy()
+        keys = rows.column("group_keys")
+        lengths = pc.call_function("list_value_length", [keys]).to_numpy()
+        if lengths.any():
+            flags = [bool(self._findings(key)) for key in pc.call_function("list_flatten", [keys]).to_pylist()]
+            found[np.repeat(np.arange(len(rows)), lengths)[flags]] = True
+        return np.flatnonzero(found)
+
+    def is_clean(self, row: Row) -> bool:
+        """Whether nothing is to be replaced in what the row's id covers: its turns, a rejected answer, its tools."""
+        texts = [*(message.content for message in row.messages), row.rejected or ""]
+        tools = [] if row.tools is None else _strings_of(json.loads(row.tools))
+        return not any(self._findings(text) for text in (*texts, *tools))
+
     def redact(self, row: Row) -> Row:
         """The row without such values, under the id of its new text; the very same object where there are none."""
-        if not (self._secrets or self._personal_data):
+        if not self.acts:
             return row
         contents = [self._clean(message.content) for message in row.messages]
         changes = self._changed_fields(row)
@@ -108,3 +157,32 @@ class Redactor:
                 new, number = f"{placeholder} {number}", number + 1
             cleaned[new] = self._clean_values(one)
         return cleaned
+
+
+class _TextTagger:
+    """Column `text_clean`: whether a redactor of these settings leaves all that a row's id covers as it is."""
+
+    name = "text_clean"
+    cached = True
+    schema = pa.schema([pa.field("text_clean", pa.bool_())])
+
+    def __init__(self, redactor: Redactor, settings: dict[str, Any]) -> None:
+        self._redactor = redactor
+        self.fingerprint = fingerprint_of(self.name, REDACTION_VERSION, self.schema, settings)
+
+    def tag(self, rows: Sequence[Row]) -> Tagged:
+        """Look through the rows one by one."""
+        return tagged(self.schema, [[self._redactor.is_clean(row) for row in rows]])
+
+
+def _strings_of(value: Any) -> Iterator[str]:
+    """Every text and every name in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for one in value:
+            yield from _strings_of(one)
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            yield name
+            yield from _strings_of(one)

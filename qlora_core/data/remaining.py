@@ -28,6 +28,10 @@ class Remaining:
             self.tags = self.tags.take(positions)
         self.dropped += dropped
 
+    def in_order(self) -> None:
+        """Go on with the rows as they lie in the store, so that the next of them are near; no tags may be there yet."""
+        self.rows = self._store.select(np.sort(self.rows.positions))
+
     def replace(self, positions: np.ndarray, rows: Iterable[Row]) -> None:
         """Put `rows`, one for each of `positions` (int64), in the place of those there; no other row is copied."""
         changed = RowStore(rows)

@@ -1,12 +1,13 @@
 """The canonical row: one conversation, whatever format it came in. Knows nothing of files, templates or tokens."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from typing import Literal
 
 from qlora_core.data.text_form import spaced
-from qlora_core.digest import digest_json
+from qlora_core.digest import digest_bytes
 from qlora_core.errors import DataError
 
 Role = Literal["system", "user", "assistant"]
@@ -99,10 +100,28 @@ def row_id(messages: Sequence[Message], tools: str | None = None, rejected: str 
 
     With neither tools nor a rejected answer it is over the list of messages alone.
     """
-    turns = [[message.role, message.content, message.train] for message in messages]
+    turns = turns_json((message.role, message.content, message.train) for message in messages)
     if tools is None and rejected is None:
-        return digest_json(turns)
-    return digest_json({"messages": turns, "tools": tools, "rejected": rejected})
+        return digest_bytes(turns.encode())
+    return digest_bytes(f'{{"messages":{turns},"rejected":{text_json(rejected)},"tools":{text_json(tools)}}}'.encode())
+
+
+def turns_json(turns: Iterable[tuple[str, str, bool]]) -> str:
+    """The canonical JSON of a list of turns, each a role, a text and whether it is trained.
+
+    Rows are digested so often that going through `canonical_json` would tell.
+    """
+    return f"[{','.join([turn_json(role, text, train) for role, text, train in turns])}]"
+
+
+def turn_json(role: str, text: str, train: bool) -> str:
+    """One turn of `turns_json`."""
+    return f"[{encode_basestring(role)},{encode_basestring(text)},{'true' if train else 'false'}]"
+
+
+def text_json(text: str | None) -> str:
+    """The canonical JSON of a text or of None."""
+    return "null" if text is None else encode_basestring(text)
 
 
 def make_row(draft: Draft, source: str, line: int) -> Row:

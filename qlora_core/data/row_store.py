@@ -21,9 +21,9 @@ BATCH_ROWS = 2048
 BATCH_CHARS = 4 << 20
 
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
-_TRAINED = 0x80
+TRAINED = 0x80
 _CODES: dict[tuple[Role, bool], int] = {
-    (role, train): code | (_TRAINED if train else 0) for code, role in enumerate(ROLES) for train in (False, True)
+    (role, train): code | (TRAINED if train else 0) for code, role in enumerate(ROLES) for train in (False, True)
 }
 _TURNS = {code: turn for turn, code in _CODES.items()}
 
@@ -88,6 +88,17 @@ class RowStore(Sequence[Row]):
         for row in rows:
             self.append(row)
 
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """All rows in their order, some at a time, in the columns of SCHEMA."""
+        self._flush()
+        yield from list(self._batches)
+
+    def append_batch(self, batch: pa.RecordBatch) -> None:
+        """Add the rows of a batch in the columns of SCHEMA, which is shared, not copied."""
+        self._flush()
+        if len(batch):
+            self._add(batch)
+
     @property
     def nbytes(self) -> int:
         """The Arrow size of all rows, in bytes."""
@@ -118,24 +129,31 @@ class RowStore(Sequence[Row]):
         if place >= self._stored:
             return self._pending[place - self._stored]
         number = bisect_right(self._starts, place) - 1
-        return next(_rows_of(self._batches[number].slice(place - self._starts[number], 1)))
+        return next(rows_of(self._batches[number].slice(place - self._starts[number], 1)))
 
     def __iter__(self) -> Iterator[Row]:
         self._flush()
         for batch in list(self._batches):
-            yield from _rows_of(batch)
+            yield from rows_of(batch)
 
     def rows_at(self, positions: np.ndarray) -> list[Row]:
         """The rows at these positions, in this order; each batch is visited once."""
+        return list(rows_of(self.batch_at(positions)))
+
+    def batch_at(self, positions: np.ndarray) -> pa.RecordBatch:
+        """The same in Arrow, in the columns of SCHEMA; for no more rows than may be held twice."""
         self._flush()
         numbers = np.searchsorted(np.asarray(self._starts, dtype=np.int64), positions, side="right") - 1
-        found: list[Any] = [None] * len(positions)
+        parts, places = [], [np.empty(0, np.int64)]
         for number in np.unique(numbers):
-            places = np.flatnonzero(numbers == number)
-            chosen = self._batches[number].take(pa.array(positions[places] - self._starts[number]))
-            for place, row in zip(places.tolist(), _rows_of(chosen), strict=True):
-                found[place] = row
-        return found
+            here = np.flatnonzero(numbers == number)
+            parts.append(self._batches[number].take(pa.array(positions[here] - self._starts[number])))
+            places.append(here)
+        if len(parts) == 1:
+            return parts[0]
+        order = np.argsort(np.concatenate(places), kind="stable")
+        together = pa.Table.from_batches(parts, SCHEMA).unify_dictionaries().combine_chunks()
+        return pa.RecordBatch.from_struct_array(together.to_struct_array().combine_chunks()).take(pa.array(order))
 
     def _flush(self) -> None:
         if self._pending:
@@ -163,6 +181,15 @@ class RowView(Sequence[Row]):
     def positions(self) -> np.ndarray:
         """Where the rows are in the store, int64."""
         return self._positions
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """All rows in their order, some at a time, in the columns of SCHEMA."""
+        for start in range(0, len(self), BATCH_ROWS):
+            yield self._store.batch_at(self._positions[start : start + BATCH_ROWS])
+
+    def batch(self) -> pa.RecordBatch:
+        """All rows in Arrow, in the columns of SCHEMA; for no more rows than may be held twice."""
+        return self._store.batch_at(self._positions)
 
     def select(self, positions: np.ndarray | Sequence[int]) -> "RowView":
         """The rows at these positions of this view, in this order. Raises IndexError for a position it has not."""
@@ -221,7 +248,8 @@ def _array_of(values: list[Any], kind: pa.DataType) -> pa.Array:
     return pa.array(values, kind, memory_pool=pool)
 
 
-def _rows_of(batch: pa.RecordBatch) -> Iterator[Row]:
+def rows_of(batch: pa.RecordBatch) -> Iterator[Row]:
+    """The rows of a batch in the columns of SCHEMA, one by one."""
     fields = {name: _values_of(batch.column(name)) for name in SCHEMA.names}
     turns, contents = fields.pop("turns"), fields.pop("contents")
     messages = map(_messages_of, turns, contents)

@@ -91,19 +91,23 @@ class SplitWriter:
         self._last_id = ""
         self._file: pq.ParquetWriter | None = None
 
-    def write(self, rows: Sequence[MaskedRow], tags: Mapping[str, pa.Array | pa.ChunkedArray] | None = None) -> None:
-        """Take the next rows and their tags, a value a row. Raises DataError for rows out of order or other tags."""
+    def write(self, rows: pa.Table, tags: Mapping[str, pa.Array | pa.ChunkedArray] | None = None) -> None:
+        """Take the next rows (a table of ROW_SCHEMA) and their tags, a value a row.
+
+        Raises DataError for rows out of order or other tags.
+        """
         given = dict(tags or {})
         if set(given) != set(self._tags) or any(len(column) != len(rows) for column in given.values()):
             raise DataError(
                 f"tags {sorted(given)} of {[len(column) for column in given.values()]} rows do not belong to "
                 f"{len(rows)} rows with tags {sorted(self._tags)}"
             )
-        ids = [self._last_id, *(masked.row.id for masked in rows)]
+        ids = [self._last_id, *rows.column("id").to_pylist()]
         if any(one >= other for one, other in pairwise(ids)):
             raise DataError(f"rows of {self._side} do not come by rising id; sort them and name no id twice")
         self._last_id = ids[-1]
-        columns = {**_columns(rows), **{TAG_PREFIX + name: given[name] for name in self._tags}}
+        columns = {name: rows.column(name) for name in ROW_SCHEMA.names}
+        columns |= {TAG_PREFIX + name: given[name] for name in self._tags}
         self._waiting.append(pa.table(columns, schema=self._schema))
         self._write_full_groups()
 
@@ -160,11 +164,11 @@ class SplitWriter:
             )
 
 
-def _columns(rows: Sequence[MaskedRow]) -> dict[str, list[Any]]:
-    """ROW_SCHEMA's columns; `prompt` and `reference` are those of the last trained answer."""
+def row_columns(rows: Sequence[MaskedRow]) -> pa.Table:
+    """The rows as a table of ROW_SCHEMA; `prompt` and `reference` are those of the last trained answer."""
     last = [masked.turns[-1] for masked in rows]
     plain = ("id", "source", "line", "category", "licence", "generator", "language", "tools", "rejected")
-    return {
+    columns: dict[str, list[Any]] = {
         **{name: [getattr(masked.row, name) for masked in rows] for name in plain},
         "group_keys": [list(masked.row.group_keys) for masked in rows],
         "messages": [[{"role": m.role, "content": m.content} for m in masked.row.messages] for masked in rows],
@@ -177,6 +181,7 @@ def _columns(rows: Sequence[MaskedRow]) -> dict[str, list[Any]]:
         "rejected_mask": [masked.rejected_mask for masked in rows],
         "tokens": [len(masked.input_ids) for masked in rows],
     }
+    return pa.table(columns, schema=ROW_SCHEMA)
 
 
 def write_dropped(path: Path, dropped: Sequence[Dropped]) -> None:

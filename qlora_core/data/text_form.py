@@ -3,10 +3,14 @@
 import re
 import unicodedata
 
+# By its tables texts are composed and folded.
+UNICODE_VERSION = unicodedata.unidata_version
 # Marks that end or join sentences. Operators (+ - * / = < > %) and brackets stay: "3 + 4" is not "3 - 4".
 SENTENCE_MARKS = re.compile(r"[.,;:!?¿¡…\"'`‘’“”«»。，、；：！？]+")
+_ASCII_MARKS = str.maketrans(dict.fromkeys(".,;:!?\"'`", " "))
 
-ALPACA_PREAMBLE = re.compile(r"\s*Below is an instruction that describes a task\b")
+ALPACA_OPENING = "Below is an instruction that describes a task"
+ALPACA_PREAMBLE = re.compile(rf"\s*{ALPACA_OPENING}\b")
 ALPACA_PARTS = re.compile(
     r"### Instruction:[ \t]*\n(?P<instruction>.*?)"
     r"(?:\n+### Input:[ \t]*\n(?P<input>.*?))?"
@@ -25,6 +29,10 @@ def folded(text: str) -> str:
 
     A text of nothing but punctuation would fold to nothing and equal every other such text; it keeps its marks.
     """
+    if text.isascii():
+        # The same by a third of the time: ASCII has no other forms, and its case folds to lower
+        plain = text.lower()
+        return " ".join(plain.translate(_ASCII_MARKS).split()) or " ".join(plain.split())
     plain = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(SENTENCE_MARKS.sub(" ", plain).split()) or " ".join(plain.split())
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from qlora_core.data.packing import PACKS_FILE, pack_rows, packing_summary, sequ
 from qlora_core.data.preference_pairs import log_lost_pairs, with_rejected
 from qlora_core.data.proof_tags import PROOF_SCHEMA
 from qlora_core.data.remaining import Remaining
+from qlora_core.data.row import text_json, turn_json
 from qlora_core.data.split_columns import read_columns
 from qlora_core.data.tables import SplitWriter
 from qlora_core.data.tags.personal_data import Recogniser
 from qlora_core.data.window import fit
-from qlora_core.digest import canonical_json
 from qlora_core.errors import DataError
 from qlora_core.progress import progress_bar
 
@@ -47,25 +48,59 @@ class WrittenSide:
     tokens_by_source: Counter[str] = field(default_factory=Counter)
     licences: dict[str, Counter[str]] = field(default_factory=dict)
     generators: Counter[str] = field(default_factory=Counter)
-    samples: list[MaskedRow] = field(default_factory=list)
+    samples: list["Sample"] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     digest: Any = field(default_factory=hashlib.sha256)
 
-    def add(self, masked: MaskedRow) -> None:
-        """Count one row."""
-        row = masked.row
-        self.lengths.append(len(masked.input_ids))
-        # A row's first token is predicted from nothing, so it never carries loss.
-        self.trained.append(sum(masked.loss_mask[1:]))
-        self.sources[row.source] += 1
-        self.tokens_by_source[row.source] += len(masked.input_ids)
-        self.licences.setdefault(row.source, Counter())[row.licence or "not stated"] += 1
-        self.generators[row.generator or "not stated"] += 1
+    def add(self, rows: pa.Table) -> None:
+        """Count the next rows, a table of ROW_SCHEMA."""
+        lengths = rows.column("tokens").to_numpy()
+        trained = _trained(rows.column("loss_mask").combine_chunks())
+        sources = rows.column("source").to_pylist()
+        self.lengths.frombytes(lengths.astype(np.int64).tobytes())
+        self.trained.frombytes(trained.tobytes())
+        self.sources.update(sources)
+        for source, length in zip(sources, lengths.tolist(), strict=True):
+            self.tokens_by_source[source] += length
+        for source, licence in zip(sources, rows.column("licence").to_pylist(), strict=True):
+            self.licences.setdefault(source, Counter())[licence or "not stated"] += 1
+        self.generators.update(generator or "not stated" for generator in rows.column("generator").to_pylist())
         if len(self.samples) < SAMPLE_ROWS:
-            self.samples.append(masked)
-        messages = [[message.role, message.content, message.train] for message in row.messages]
-        extra = [value for value in (row.tools, row.rejected) if value is not None]
-        self.digest.update(canonical_json([row.id, row.category, messages, *extra]) + b"\n")
+            shown = rows.slice(0, SAMPLE_ROWS - len(self.samples)).select(["id", "input_ids", "loss_mask"])
+            self.samples += [Sample(**values) for values in shown.to_pylist()]
+        self.digest.update("".join(_content_lines(rows)).encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A row as it is trained, to be shown."""
+
+    id: str
+    input_ids: list[int]
+    loss_mask: list[bool]
+
+
+def _trained(masks: pa.ListArray) -> np.ndarray:
+    """How many tokens of each row carry loss, int64. A row's first token is predicted from nothing: it never does."""
+    starts = masks.offsets.to_numpy() - masks.offsets[0].as_py()
+    flags = masks.flatten().to_numpy(zero_copy_only=False)
+    before = np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])
+    return before[starts[1:]] - before[starts[:-1] + 1]
+
+
+def _content_lines(rows: pa.Table) -> Iterator[str]:
+    """What the digest is over: a row's id, category, turns with their flags, tools and rejected answer as JSON."""
+    messages = rows.column("messages").combine_chunks()
+    said = messages.flatten()
+    train = rows.column("train").combine_chunks().flatten().to_pylist()
+    turns = list(map(turn_json, said.field("role").to_pylist(), said.field("content").to_pylist(), train))
+    bounds = (messages.offsets.to_numpy() - messages.offsets[0].as_py()).tolist()
+    names = ("id", "category", "tools", "rejected")
+    for (start, stop), row_id, category, *others in zip(
+        pairwise(bounds), *(rows.column(name).to_pylist() for name in names), strict=True
+    ):
+        extra = "".join(f",{text_json(value)}" for value in others if value is not None)
+        yield f"[{text_json(row_id)},{text_json(category)},[{','.join(turns[start:stop])}]{extra}]\n"
 
 
 def write_sides(
@@ -93,29 +128,31 @@ def write_sides(
             for side, positions in sides.items()
         }
         for part in range(PARTS):
-            batches = [(side, batch) for side in sides for batch in _batches(parts[side][part])]
-            encoded = encoded_rows.encode(part, [batch for _, batch in batches])
-            for (side, batch), proven in zip(batches, encoded, strict=True):
-                masked = _fitting(proven, limit, config)
+            runs = list(_runs({side: parts[side][part] for side in sides}))
+            encoded = encoded_rows.encode(part, [np.concatenate(list(run.values())) for run in runs])
+            for run, found in zip(runs, encoded, strict=True):
+                masked = _fitting(found.masked, limit, config)
                 masked = with_rejected(encoder.chat, masked, limit, config.over_long, lost_pairs)
-                tags = remaining.tags.take(batch).table
-                writers[side].write(masked, {name: tags.column(name).combine_chunks() for name in types})
-                for one in masked:
-                    written[side].add(one)
-                advance(len(batch))
+                rows = found.table(masked)
+                _check_fit(rows, limit)
+                tags = remaining.tags.take(np.concatenate(list(run.values()))).table.select(list(types))
+                for side, here, tags_here in _by_side(run, rows, tags):
+                    writers[side].write(here, dict(zip(types, tags_here.columns, strict=True)))
+                    written[side].add(here)
+                advance(len(rows))
             return_memory()
     log_lost_pairs(lost_pairs)
     return written
 
 
-def show_samples(chat: ChatTokenizer, samples: Sequence[MaskedRow], config: DataConfig) -> list[dict[str, Any]]:
+def show_samples(chat: ChatTokenizer, samples: Sequence[Sample], config: DataConfig) -> list[dict[str, Any]]:
     """Rows as trained, for the report: secrets and personal data are masked there even where the rows keep them."""
     recogniser = Recogniser(config.tags.allow)
     shown = []
-    for masked in samples:
-        parts = text_parts(chat, masked.input_ids, masked.loss_mask)
+    for sample in samples:
+        parts = text_parts(chat, sample.input_ids, sample.loss_mask)
         text_of = [{"text": recogniser.masked(text), "trained": trained} for text, trained in parts]
-        shown.append({"id": masked.row.id, "text_parts": text_of})
+        shown.append({"id": sample.id, "text_parts": text_of})
     return shown
 
 
@@ -130,19 +167,48 @@ def write_packed(out: Path, train: WrittenSide, limit: int, config: PackingConfi
     return packing_summary(packs, lengths, trained)
 
 
-def _batches(positions: np.ndarray) -> Iterator[np.ndarray]:
-    return (positions[start : start + BATCH_ROWS] for start in range(0, len(positions), BATCH_ROWS))
+def _runs(sides: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """The positions of all sides, cut into runs of up to BATCH_ROWS: small sides share one, for each has its cost."""
+    run: dict[str, np.ndarray] = {}
+    room = BATCH_ROWS
+    for side, positions in sides.items():
+        while len(positions):
+            run[side], positions = positions[:room], positions[room:]
+            room -= len(run[side])
+            if not room:
+                yield run
+                run, room = {}, BATCH_ROWS
+    if run:
+        yield run
+
+
+def _by_side(run: Mapping[str, np.ndarray], rows: pa.Table, tags: pa.Table) -> Iterator[tuple[str, pa.Table, pa.Table]]:
+    """The rows of a run and their tags, one side after the other."""
+    start = 0
+    for side, positions in run.items():
+        yield side, rows.slice(start, len(positions)), tags.slice(start, len(positions))
+        start += len(positions)
 
 
 def _fitting(proven: Sequence[MaskedRow], limit: int, config: DataConfig) -> list[MaskedRow]:
     masked = [fit(one, limit, config.over_long) for one in proven]
     fitting = [one for one in masked if one is not None]
     if len(fitting) != len(masked):
-        raise DataError(
-            f"{len(masked) - len(fitting)} rows are longer than {limit} tokens, but were measured as shorter. The tag "
-            "cache is not of this tokenizer: remove it, and please report this"
-        )
+        raise _misfit(len(masked) - len(fitting), limit)
     return fitting
+
+
+def _check_fit(rows: pa.Table, limit: int) -> None:
+    too_long = int((rows.column("tokens").to_numpy() > limit).sum())
+    if too_long:
+        raise _misfit(too_long, limit)
+
+
+def _misfit(count: int, limit: int) -> DataError:
+    return DataError(
+        f"{count} rows are longer than {limit} tokens, but were measured as shorter. The tag cache is not of this "
+        "tokenizer: remove it, and please report this"
+    )
 
 
 def _is_written(entry: pa.Field) -> bool:

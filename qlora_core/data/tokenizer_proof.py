@@ -4,17 +4,22 @@ A tokenizer without byte fallback maps what it has never seen to nothing or to i
 learns answers with holes. Blanks are left out of account, for decoders set their own. Knows nothing of masks.
 """
 
+import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
+
 from qlora_core.data.row import Row
+from qlora_core.data.row_store import RowView
 from qlora_core.errors import MaskError
 
 # Losing characters of more than this share of rows, a tokenizer is none for this data; on fewer, those rows go.
 MAX_LOSSY_SHARE = 0.01
 SHOWN_CHARACTERS = 12
+BATCH_ROWS = 512
 NEXT_STEP = (
     "Use a base model whose tokenizer knows every byte (byte-level BPE, or SentencePiece with byte_fallback), replace "
     "these characters in the data, or leave out the sources that hold them"
@@ -71,13 +76,11 @@ def check_tokenizer(codec: Codec, rows: Sequence[Row], max_share: float = MAX_LO
     A quick look before any row is tokenized: every distinct character is tried once. It names the characters and the
     rows that hold them. The proof of each row finds what a character alone does not show.
     """
-    holders: Counter[str] = Counter()
-    for row in rows:
-        holders.update(_characters(row))
-    lossy = frozenset(lossy_characters(codec, sorted(holders)))
+    lossy = frozenset(lossy_characters(codec, _all_characters(rows)))
     if lossy:
-        rows_hit = sum(not lossy.isdisjoint(_characters(row)) for row in rows)
-        check_lossy_share(rows_hit, len(rows), {character: holders[character] for character in lossy}, max_share)
+        found = [hit for row in rows if (hit := lossy & _characters(row))]
+        holders = Counter(character for hit in found for character in hit)
+        check_lossy_share(len(found), len(rows), holders, max_share)
 
 
 def check_lossy_share(
@@ -93,6 +96,23 @@ def check_lossy_share(
         f"the base tokenizer loses characters of {rows_hit} of {rows_seen} rows, a share of "
         f"{rows_hit / rows_seen:.3f}; {max_share:g} is allowed. Lost: {named or 'none by itself'}{more}. {NEXT_STEP}"
     )
+
+
+def _all_characters(rows: Sequence[Row]) -> list[str]:
+    """Every distinct character of the rows' turns, by code point; rows in Arrow are not made for it."""
+    seen = np.zeros(sys.maxunicode + 1, bool)
+    for texts in _contents(rows):
+        seen[np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)] = True
+    return [chr(point) for point in np.flatnonzero(seen).tolist()]
+
+
+def _contents(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(rows), BATCH_ROWS):
+        batch = rows[start : start + BATCH_ROWS]
+        if isinstance(batch, RowView):
+            yield batch.column("contents").combine_chunks().flatten().to_pylist()
+        else:
+            yield [message.content for row in batch for message in row.messages]
 
 
 def _characters(row: Row) -> set[str]:

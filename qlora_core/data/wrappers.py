@@ -13,7 +13,7 @@ import xxhash
 from qlora_core.data.near_duplicates import kernels
 from qlora_core.data.positions import rows_at
 from qlora_core.data.row import Row
-from qlora_core.data.text_form import spaced, strip_alpaca_wrapper
+from qlora_core.data.text_form import ALPACA_OPENING, spaced, strip_alpaca_wrapper
 
 # (what a prompt starts with, what it ends with): taken off only as a pair, from a text of a single turn.
 PAIRS = (
@@ -29,6 +29,8 @@ PAIRS = (
     ("Q:", "A:"),
 )
 OPENINGS = tuple(opening for opening, _ in PAIRS)
+# A text that begins with none of these, blanks aside, is in no wrapper.
+WRAPPER_OPENINGS = (*OPENINGS, ALPACA_OPENING)
 KNOWN_SYSTEM_PROMPTS = frozenset(
     {
         "you are a helpful assistant",

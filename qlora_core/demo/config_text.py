@@ -108,7 +108,7 @@ evaluate:
   confidence: 0.95
   judge:
     # auto: an OpenAI-compatible judge when OPENAI_API_KEY is set, else an offline one that is labelled uncertified.
-    # openai, offline and none choose one.
+    # openai, offline, none and checks choose one; checks takes `checks: FILE`, see docs/evaluation.md.
     kind: auto
     model: gpt-4.1
     # No call starts once this much is spent.

@@ -4,34 +4,43 @@ Knows which files an evaluation writes and reads back, not how models are run (`
 `exact_match`, `pairwise`, `tournament`) or how a judge decides.
 """
 
-import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any
 
 from qlora_core.config.evaluate import EvaluateConfig
 from qlora_core.data.dataset import PromptRow, TokenRow, read_labels, read_prompts
 from qlora_core.digest import digest_json
-from qlora_core.errors import EvaluationError, JudgeUnavailableError
+from qlora_core.errors import EvaluationError
 from qlora_core.evaluation.adapter_facts import adapter_facts, folder_digest
 from qlora_core.evaluation.adapter_scores import SPLIT, AdapterScorer, heldout_rows, open_scorer
+from qlora_core.evaluation.answer_book import Prompt
 from qlora_core.evaluation.behaviour import measure_behaviour
 from qlora_core.evaluation.candidates import Scored, record_candidates
+from qlora_core.evaluation.evaluation_files import (
+    ADAPTER,
+    ANSWERS_FILE,
+    BASE,
+    question_text,
+    read_answers,
+    read_row_losses,
+    write_answers,
+    write_json,
+    write_model_answers,
+    write_row_losses,
+)
 from qlora_core.evaluation.exact_match import compare_matches, matches
 from qlora_core.evaluation.heldout import RowLoss, compare_losses
-from qlora_core.evaluation.human_votes import human_scores
+from qlora_core.evaluation.human_votes import HumanScores, human_scores
 from qlora_core.evaluation.item_table import Answered, item_table, judge_scores
 from qlora_core.evaluation.judge_cache import VerdictCache
+from qlora_core.evaluation.judge_choice import ChosenJudge, open_judge
 from qlora_core.evaluation.judge_client import resolve_kind
 from qlora_core.evaluation.judge_offline import LogProbJudge
-from qlora_core.evaluation.judge_openai import OpenAIJudge, open_openai_judge
-from qlora_core.evaluation.pairwise import AnswerPair, judge_pairs, summarise_verdicts
+from qlora_core.evaluation.outage import check_outage
+from qlora_core.evaluation.pairwise import AnswerPair, judge_pairs
 from qlora_core.evaluation.tournament import rate
 from qlora_core.evaluation.verdict import Verdict, write_verdicts
 from qlora_core.model.adapter_set import NamedAdapter
@@ -39,11 +48,9 @@ from qlora_core.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
-PASSING_REASONS = ("rate_limit", "timeout", "server_error", "connection", "quota", "unauthorized", "stopped")
-MAX_LOST_SHARE = 0.1  # a few lost verdicts are counted and told; more are an outage
-BASE = "base"
-ADAPTER = "adapter"
 REFERENCE = "reference"
+REFERENCE_ANSWERS, REFERENCE_VERDICTS = "reference_answers.jsonl", "reference_verdicts.jsonl"
+VOTES_FILE = "votes.jsonl"
 
 
 def evaluate_adapter(
@@ -61,6 +68,8 @@ def evaluate_adapter(
     candidates: Sequence[NamedAdapter] = (),
 ) -> dict[str, Any]:
     """Evaluate the adapter and fill `out`: rows.parquet, answers.jsonl, verdicts.jsonl, ratings.json, evaluation.json.
+
+    With `config.votes` people's votes on these answers are there too, as verdict rows (votes.jsonl).
 
     `candidates` are a sweep's, by trial, best first, so that the first one is the adapter itself. All are scored over
     one loaded base and answer a batch of prompts in one pass; see `record_candidates` for what is kept of them. The
@@ -81,28 +90,32 @@ def evaluate_adapter(
     out.mkdir(parents=True, exist_ok=True)
     named = [NamedAdapter(ADAPTER, adapter_folder), *candidates[1:]]
     with (
-        _open_endpoint(config, kind, environment, verdict_cache) as endpoint,
+        open_judge(config, kind, environment, verdict_cache, _asked(prompts)) as chosen,
         open_scorer(config, quantized_folder, named, curated_folder, precision, residency) as scorer,
     ):
         systems = {BASE: None} | {name: name for name, _ in named}
         losses = {name: scorer.losses(rows, system) for name, system in systems.items()}
         answers = dict(zip(systems, scorer.answers(prompts, list(systems.values())), strict=True))
-        verdicts = _judge(scorer, endpoint, kind, prompts, answers)
-        _check_outage(verdicts)
+        verdicts = _judge(scorer, chosen, prompts, answers)
+        check_outage(verdicts)
         behaviour = measure_behaviour(config, scorer, prompts, None, ADAPTER)
     pair = losses[BASE], losses[ADAPTER]
-    _write_row_losses(out / "rows.parquet", losses)
-    _write_answers(out / "answers.jsonl", config, prompts, answers)
+    votes = _votes(config, prompts, answers)
+    write_row_losses(out / "rows.parquet", losses)
+    hits = {model: _hits(config, prompts, answers[model]) for model in (BASE, ADAPTER)}
+    write_answers(out / ANSWERS_FILE, prompts, answers, hits)
     write_verdicts(out / "verdicts.jsonl", verdicts)
+    if votes is not None:
+        write_verdicts(out / VOTES_FILE, votes.rows)
     ratings = _rate(config, verdicts)
-    _write_json(out / "ratings.json", ratings)
+    write_json(out / "ratings.json", ratings)
     evaluation = {
-        "metrics": _metrics(config, prompts, pair, answers, _judge_metrics(config, endpoint, kind, verdicts)),
+        "metrics": _metrics(config, prompts, pair, answers, _judge_metrics(chosen, verdicts)),
         "ratings": ratings.get("ratings", {}),
         **adapter_facts(config, adapter_folder, lineage or {}),
         "prompts_digest": digest_json([[row.id, question_text(row.messages)] for row in prompts]),
         "behaviour": behaviour,
-        "items": _items(config, curated_folder, prompts, pair, answers, verdicts),
+        "items": _items(config, curated_folder, prompts, pair, answers, verdicts, votes),
         "candidates": record_candidates(
             out,
             config,
@@ -112,7 +125,7 @@ def evaluate_adapter(
             [(trial, folder_digest(folder)) for trial, folder in candidates],
         ),
     }
-    _write_json(out / "evaluation.json", evaluation)
+    write_json(out / "evaluation.json", evaluation)
     return evaluation
 
 
@@ -129,14 +142,16 @@ def compare_adapters(
     judged: bool = False,
     verdict_cache: VerdictCache | None = None,
     environment: Mapping[str, str] | None = None,
+    out: Path | None = None,
 ) -> dict[str, Any]:
     """An evaluated adapter beside a reference adapter (a champion) on the same base, test rows and prompts.
 
     The evaluated one's losses and answers are read from its `evaluation_folder`; the reference is run here. Gives
     `heldout`, `exact_match`, `items` and, with `judged`, `judge` as in evaluation.json, the reference in the place of
     the base: a positive gain means that the evaluated adapter is better. `behaviour` needs both adapters at once, so it
-    is null without `adapter_folder`, the evaluated one. Raises EvaluationError where the evaluation is of other rows or
-    prompts, and what `evaluate_adapter` raises for a judge.
+    is null without `adapter_folder`, the evaluated one. The reference's answers and the verdicts go into `out`, where
+    it is given (reference_answers.jsonl, reference_verdicts.jsonl). Raises EvaluationError where the evaluation is of
+    other rows or prompts, and what `evaluate_adapter` raises for a judge.
     """
     environment = os.environ if environment is None else environment
     rows = heldout_rows(config, curated_folder)
@@ -146,21 +161,24 @@ def compare_adapters(
     named += [NamedAdapter(ADAPTER, adapter_folder)] if adapter_folder is not None else []
     kind = resolve_kind(config.judge, environment) if judged and prompts else "none"
     with (
-        _open_endpoint(config, kind, environment, verdict_cache) as endpoint,
+        open_judge(config, kind, environment, verdict_cache, _asked(prompts)) as chosen,
         open_scorer(config, quantized_folder, named, curated_folder, precision, residency) as scorer,
     ):
         losses = scorer.losses(rows, REFERENCE)
         (by_reference,) = scorer.answers(prompts, (REFERENCE,))
         both = {BASE: by_reference, ADAPTER: by_adapter}
-        verdicts = _judge(scorer, endpoint, kind, prompts, both)
-        _check_outage(verdicts)
+        verdicts = _judge(scorer, chosen, prompts, both)
+        check_outage(verdicts)
         watched = adapter_folder is not None
         behaviour = measure_behaviour(config, scorer, prompts, REFERENCE, ADAPTER) if watched else None
-    judge = _judge_metrics(config, endpoint, kind, verdicts)
+    votes = _votes(config, prompts, both)
+    if out is not None:
+        write_model_answers(out / REFERENCE_ANSWERS, prompts, REFERENCE, by_reference)
+        write_verdicts(out / REFERENCE_VERDICTS, [row.model_copy(update={"model_b": REFERENCE}) for row in verdicts])
     return {
-        **_metrics(config, prompts, (losses, recorded), both, judge),
+        **_metrics(config, prompts, (losses, recorded), both, _judge_metrics(chosen, verdicts)),
         "behaviour": behaviour,
-        "items": _items(config, curated_folder, prompts, (losses, recorded), both, verdicts),
+        "items": _items(config, curated_folder, prompts, (losses, recorded), both, verdicts, votes),
     }
 
 
@@ -169,44 +187,13 @@ def _recorded(
 ) -> tuple[list[RowLoss], list[str]]:
     """The losses and answers of the adapter that an evaluation recorded, which must be of these rows and prompts."""
     losses = read_row_losses(evaluation_folder, ADAPTER)
-    answers = _read_answers(evaluation_folder / "answers.jsonl", ADAPTER)
+    answers = read_answers(evaluation_folder / ANSWERS_FILE, ADAPTER)
     if [row.id for row in rows] != [row.id for row in losses] or [row.id for row in prompts] != list(answers):
         raise EvaluationError(
             f"{evaluation_folder} evaluates {len(losses)} rows and {len(answers)} prompts, the data gives others "
             f"({len(rows)} and {len(prompts)}); evaluate again with the same data and evaluate section"
         )
     return losses, list(answers.values())
-
-
-def read_row_losses(evaluation_folder: Path, model: Literal["base", "adapter"]) -> list[RowLoss]:
-    """The losses an evaluation recorded, in its row order. Raises EvaluationError where rows.parquet cannot be read."""
-    path = evaluation_folder / "rows.parquet"
-    try:
-        table = pq.read_table(path, columns=["id", f"{model}_nats", "tokens"])
-    except (OSError, pa.ArrowException) as error:
-        raise EvaluationError(f"{path} cannot be read ({error}); evaluate again") from error
-    return [RowLoss(*values) for values in zip(*(column.to_pylist() for column in table.columns), strict=True)]
-
-
-def question_text(messages: Sequence[Mapping[str, str]]) -> str:
-    """What was asked, without template marks: a lone user turn by itself, else all turns with their roles."""
-    asked = list(messages[:-1]) if messages and messages[-1]["role"] == "assistant" else list(messages)
-    if len(asked) == 1:
-        return asked[0]["content"]
-    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in asked)
-
-
-@contextmanager
-def _open_endpoint(
-    config: EvaluateConfig, kind: str, environment: Mapping[str, str], verdict_cache: VerdictCache | None
-) -> Iterator[OpenAIJudge | None]:
-    """The endpoint's judge, reached once before minutes are spent on answers it may never see; None otherwise."""
-    if kind != "openai":
-        yield None
-        return
-    with open_openai_judge(config.judge, environment, verdict_cache) as endpoint:
-        endpoint.check()
-        yield endpoint
 
 
 def _rate(config: EvaluateConfig, verdicts: Sequence[Verdict]) -> dict[str, Any]:
@@ -252,11 +239,10 @@ def _items(
     losses: tuple[Sequence[RowLoss], Sequence[RowLoss]],
     answers: Mapping[str, Sequence[str]],
     verdicts: Sequence[Verdict],
+    votes: HumanScores | None,
 ) -> dict[str, Any]:
     """The per-item table of the adapter beside what stands in the base's place."""
     before, after = (Answered(answers[side], _hits(config, prompts, answers[side])) for side in (BASE, ADAPTER))
-    ids = [row.id for row in prompts]
-    votes = None if config.votes is None else human_scores(Path(config.votes), ids, before.answers, after.answers)
     return item_table(
         losses=losses,
         labels=read_labels(curated_folder, SPLIT),
@@ -275,104 +261,40 @@ def _hits(config: EvaluateConfig, prompts: Sequence[PromptRow], answers: Sequenc
     ]
 
 
+def _votes(
+    config: EvaluateConfig, prompts: Sequence[PromptRow], answers: Mapping[str, Sequence[str]]
+) -> HumanScores | None:
+    if config.votes is None:
+        return None
+    return human_scores(Path(config.votes), [row.id for row in prompts], answers[BASE], answers[ADAPTER])
+
+
+def _asked(prompts: Sequence[PromptRow]) -> dict[str, Prompt]:
+    return {row.id: Prompt(question_text(row.messages), row.category, row.reference) for row in prompts}
+
+
 def _judge(
     scorer: AdapterScorer,
-    endpoint: OpenAIJudge | None,
-    kind: str,
+    chosen: ChosenJudge,
     prompts: Sequence[PromptRow],
     answers: Mapping[str, Sequence[str]],
 ) -> list[Verdict]:
-    if kind == "none":
+    if chosen.kind == "none":
         return []
     compared = [
-        AnswerPair(row.id, question_text(row.messages), by_adapter, by_base)
+        AnswerPair(row.id, question_text(row.messages), by_adapter, by_base, row.reference)
         for row, by_adapter, by_base in zip(prompts, answers[ADAPTER], answers[BASE], strict=True)
     ]
-    with progress_bar("Judging", 2 * len(compared)) as advance:
-        if endpoint is not None:
-            return judge_pairs(endpoint, compared, model_a=ADAPTER, model_b=BASE, advance=advance)
-        # No row has an adapter outside a scorer's own calls
-        offline = LogProbJudge(scorer.adapters.base, scorer.chat.tokenizer, batch_size=scorer.config.batch_size)
-        return judge_pairs(offline, compared, model_a=ADAPTER, model_b=BASE, advance=advance)
-
-
-def _check_outage(verdicts: Sequence[Verdict]) -> None:
-    """Refuse verdicts of which an outage has taken too many: kept as a result, they would never be asked for again."""
-    lost = [row.reason for row in verdicts if row.verdict is None and (row.reason or "").startswith(PASSING_REASONS)]
-    if len(lost) > MAX_LOST_SHARE * len(verdicts):
-        raise JudgeUnavailableError(
-            f"the judge left {len(lost)} of {len(verdicts)} verdicts unscored for faults that may pass "
-            f"({', '.join(sorted(set(filter(None, lost))))}); its verdicts so far are kept: run the command again, "
-            "or set evaluate.judge.kind: offline"
-        )
-
-
-def _judge_metrics(
-    config: EvaluateConfig, endpoint: OpenAIJudge | None, kind: str, verdicts: Sequence[Verdict]
-) -> dict[str, Any] | None:
-    if kind == "none":
-        return None
-    summary = summarise_verdicts(
-        verdicts, ADAPTER, confidence=config.confidence, resamples=config.resamples, seed=config.seed
+    # No row has an adapter outside a scorer's own calls
+    judge = chosen.judge(
+        lambda: LogProbJudge(scorer.adapters.base, scorer.chat.tokenizer, batch_size=scorer.config.batch_size)
     )
-    if summary["warning"]:
-        logger.warning("%s", summary["warning"])
-    return {
-        "kind": kind,
-        "model": config.judge.model if endpoint is not None else "the quantized base",
-        "certified": endpoint.certified if endpoint is not None else LogProbJudge.certified,
-        **summary,
-        **_judge_identity(endpoint),
-        "cost_usd": endpoint.cost_usd if endpoint is not None else 0.0,
-    }
+    with progress_bar("Judging", 2 * len(compared)) as advance:
+        return judge_pairs(judge, compared, model_a=ADAPTER, model_b=BASE, advance=advance)
 
 
-def _judge_identity(endpoint: OpenAIJudge | None) -> dict[str, Any]:
-    """What the judge was when it decided, and of which judge its certificate is; null for the offline judge."""
-    if endpoint is None:
-        return {"fingerprint": None, "snapshot": None, "certificate": None}
-    given = endpoint.certificate
-    kept = {"fingerprint", "snapshot", "gold_digest", "passed", "created"}
-    return {
-        "fingerprint": endpoint.fingerprint,
-        "snapshot": endpoint.snapshot,
-        "certificate": None if given is None else given.model_dump(mode="json", include=kept),
-    }
-
-
-def _write_row_losses(path: Path, losses: Mapping[str, Sequence[RowLoss]]) -> None:
-    base = losses[BASE]
-    columns: dict[str, list[Any]] = {"id": [row.id for row in base], "tokens": [row.tokens for row in base]}
-    for model in (BASE, ADAPTER):
-        columns[f"{model}_nats"] = [row.nats for row in losses[model]]
-    pq.write_table(pa.table(columns), path)
-
-
-def _write_answers(
-    path: Path, config: EvaluateConfig, prompts: Sequence[PromptRow], answers: Mapping[str, Sequence[str]]
-) -> None:
-    hits = {model: _hits(config, prompts, answers[model]) for model in (BASE, ADAPTER)}
-    with path.open("w", encoding="utf-8", newline="\n") as stream:
-        for i, row in enumerate(prompts):
-            record = {
-                "prompt_id": row.id,
-                "category": row.category,
-                "question": question_text(row.messages),
-                "reference": row.reference,
-                **{model: answers[model][i] for model in (BASE, ADAPTER)},
-                **{f"{model}_matches": hits[model][i] for model in (BASE, ADAPTER)},
-            }
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def _read_answers(path: Path, model: str) -> dict[str, str]:
-    try:
-        # Only \n ends a row: answers may hold other line separators
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        return {row["prompt_id"]: row[model] for row in rows}
-    except (OSError, ValueError, KeyError) as error:
-        raise EvaluationError(f"{path} cannot be read ({error}); evaluate again") from error
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+def _judge_metrics(chosen: ChosenJudge, verdicts: Sequence[Verdict]) -> dict[str, Any] | None:
+    judge = chosen.metrics(verdicts, ADAPTER)
+    if judge is not None and judge["warning"]:
+        logger.warning("%s", judge["warning"])
+    return judge

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 from qlora_core.digest import digest_json
 from qlora_core.errors import EvaluationError
+from qlora_core.evaluation.verdict import Verdict
 from qlora_core.evaluation.vote.ballots import BallotBox
+from qlora_core.evaluation.vote.export import HUMAN_PREFIX
 from qlora_core.evaluation.vote.quality import human_agreement, preference
 from qlora_core.evaluation.vote.records import VoteRecord, counted, vote_records
 
@@ -20,11 +22,13 @@ _SCORE = {"a": 1.0, "b": 0.0, "tie": 0.5}
 class HumanScores(NamedTuple):
     """Per prompt the mean vote for `after` (win 1, tie or both bad .5; None without votes), and the raters' agreement.
 
-    `alpha` is Krippendorff's, nominal, over the votes counted; None where it has no value.
+    `alpha` is Krippendorff's, nominal, over the votes counted; None where it has no value. `rows` are the votes as
+    verdict rows of `adapter` (after) and `base` (before); a vote that does not say which answer came first has none.
     """
 
     scores: list[float | None]
     alpha: float | None
+    rows: list[Verdict]
 
 
 def votes_digest(study: Path) -> str:
@@ -52,7 +56,23 @@ def human_scores(study: Path, prompt_ids: Sequence[str], before: Sequence[str], 
         votes[record.prompt_id].append(score if sides[record.item_id] == "a" else 1 - score)
     agreed = human_agreement(used) if used else None
     means = [sum(votes[one]) / len(votes[one]) if one in votes else None for one in prompt_ids]
-    return HumanScores(means, None if agreed is None else agreed["krippendorff_alpha"])
+    rows = [_row(record, sides[record.item_id]) for record in used if record.first is not None]
+    return HumanScores(means, None if agreed is None else agreed["krippendorff_alpha"], rows)
+
+
+def _row(record: VoteRecord, after: str) -> Verdict:
+    """The vote in terms of `after` as a; it is the study's side `after`."""
+    swap = {"a": "b", "b": "a", "tie": "tie"} if after == "b" else {"a": "a", "b": "b", "tie": "tie"}
+    row = {
+        "prompt_id": record.prompt_id,
+        "model_a": "adapter",
+        "model_b": "base",
+        "verdict": swap[preference(record)],
+        "first": swap[str(record.first)],
+        "judge": HUMAN_PREFIX + record.rater,
+        "reason": "both_bad" if record.label == "both_bad" else None,
+    }
+    return Verdict.model_validate(row)
 
 
 def _records(study: Path) -> tuple[BallotBox, list[VoteRecord]]:

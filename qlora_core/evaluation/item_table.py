@@ -12,6 +12,7 @@ from qlora_core.data.dataset import PromptRow, RowLabels
 from qlora_core.evaluation.answer_checks import is_degenerate, is_refusal, keeps_form, word_count
 from qlora_core.evaluation.heldout import RowLoss
 from qlora_core.evaluation.human_votes import HumanScores
+from qlora_core.evaluation.judge_prompt import is_verdict_like
 from qlora_core.evaluation.verdict import Verdict
 
 
@@ -35,8 +36,8 @@ def item_table(
     """The table, each pair being (before, after).
 
     `rows`: id, category, language, tokens, before and after (nats). `prompts`: id, category, language, before and after
-    ({words, refusal, degenerate, format, matches}), judge and human (score of `after` in [0, 1], null where there is
-    none). `human_alpha`: the raters' agreement, null without votes. `judge` maps prompt ids to scores.
+    ({words, refusal, degenerate, verdict_like, format, matches}), judge and human (score of `after` in [0, 1], null
+    where there is none). `human_alpha`: the raters' agreement, null without votes. `judge` maps prompt ids to scores.
     """
     before, after = losses
     ids = [row.id for row in before]
@@ -91,6 +92,7 @@ def _answer_columns(
         "words": [word_count(answer) for answer, _, _ in asked],
         "refusal": [is_refusal(answer) for answer, _, _ in asked],
         "degenerate": [is_degenerate(answer, question) for answer, _, question in asked],
+        "verdict_like": [is_verdict_like(answer) for answer, _, _ in asked],
         "format": [keeps_form(answer, row.reference) for answer, row, _ in asked],
         "matches": list(system.matches),
     }

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from qlora_core.digest import digest_json
 from qlora_core.errors import EvaluationError
 from qlora_core.evaluation.exact_match import matches
 from qlora_core.evaluation.pairwise import Judgement, Question
@@ -158,8 +159,16 @@ class CheckJudge:
     name = "offline:checks"
     certified = False
 
+    cost_usd = 0.0
+    snapshot: str | None = None
+
     def __init__(self, checks: Mapping[str, Check]) -> None:
         self._checks = checks
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the checks by prompt."""
+        return digest_json({name: check.model_dump(mode="json") for name, check in self._checks.items()})
 
     def decide(self, questions: Sequence[Question], advance: Callable[[float], None]) -> list[Judgement]:
         """One judgement per question, in order; "no_check" where the prompt has none."""

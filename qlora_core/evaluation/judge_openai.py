@@ -37,12 +37,14 @@ class OpenAIJudge:
         config = endpoint.config
         self.name = f"openai:{config.model}"
         self.cost_usd = 0.0
-        """What the decided questions have cost, failures, retries and earlier interrupted runs included."""
+        """What the questions of all its decisions have cost, failures, retries and earlier runs included."""
         self.capabilities: Capabilities | None = None
         """What the probe showed; None where nothing was probed."""
         self._endpoint = endpoint
         self._certificate = certificate
         self._form = form_of(config.mode, config.rubric)
+        self._keys: set[str] = set()
+        self._probe_usd = 0.0
 
     @property
     def snapshot(self) -> str | None:
@@ -80,6 +82,8 @@ class OpenAIJudge:
     def decide(self, questions: Sequence[Question], advance: Callable[[float], None]) -> list[Judgement]:
         """One judgement per question, in order. What the cache has scored is not asked; equal questions are asked once.
 
+        The budget is one for all questions that this judge decides, however many times it is asked.
+
         Raises JudgeError where the very first call shows that no call can work: the endpoint is down, the key refused,
         the model unknown. Later on such faults, like all others, leave verdicts unscored with their reason.
         """
@@ -92,14 +96,15 @@ class OpenAIJudge:
         settled = self._known(by_key)
         counted = set(settled)
         advance(sum(repeats[key] for key in counted))
-        budget = Budget(self._endpoint.config.budget_usd, self._endpoint.cache.spent_usd(keys))
+        self._keys |= set(keys)
+        budget = Budget(self._endpoint.config.budget_usd, self._endpoint.cache.spent_usd(self._keys))
         with closing(self._asked(dict(zip(keys, messages, strict=True)), settled, budget)) as judged:
             for key, judgement in judged:
                 settled[key] = judgement
                 if key not in counted:
                     counted.add(key)
                     advance(repeats[key])
-        self.cost_usd += budget.spent_usd
+        self.cost_usd = self._probe_usd + budget.spent_usd
         return [settled[key] for key in keys]
 
     def _known(self, by_key: Mapping[str, Question]) -> dict[str, Judgement]:
@@ -152,6 +157,7 @@ class OpenAIJudge:
         session = Session(self._endpoint, budget, self._read, {})
         for text in stream_from_loop(lambda emit, stop: session.probe(key, emit)):
             self.capabilities = capabilities_of(text)
+        self._probe_usd = budget.spent_usd
         self.cost_usd += budget.spent_usd
         logger.info("what the judge's endpoint honours: %s", self.capabilities)
 

@@ -69,27 +69,35 @@ class AnswerPair(NamedTuple):
     reference: str | None = None
 
 
+class Match(NamedTuple):
+    """Two models whose answers to one prompt are to be compared."""
+
+    model_a: str
+    model_b: str
+    pair: AnswerPair
+
+
 def judge_pairs(
     judge: Judge, pairs: Sequence[AnswerPair], *, model_a: str, model_b: str, advance: Callable[[float], None]
 ) -> list[Verdict]:
-    """Two verdicts per pair, a shown first and b shown first, in the pairs' order.
+    """Two verdicts per pair of one pair of models; see `judge_matches`."""
+    return judge_matches(judge, [Match(model_a, model_b, pair) for pair in pairs], advance)
+
+
+def judge_matches(judge: Judge, matches: Sequence[Match], advance: Callable[[float], None]) -> list[Verdict]:
+    """Two verdicts per match, a shown first and b shown first, in the matches' order.
 
     Equal answers (white space at the ends aside) are ties without asking: nobody can tell them apart, and asking costs.
     """
-    asked = [pair for pair in pairs if pair.answer_a.strip() != pair.answer_b.strip()]
-    advance(2 * (len(pairs) - len(asked)))
-    questions = [question for pair in asked for question in _both_orders(pair)]
-    decided = dict(
-        zip(
-            [(q.prompt_id, q.order) for q in questions],
-            judge.decide(questions, advance) if questions else [],
-            strict=True,
-        )
-    )
+    asked = [i for i, (_, _, pair) in enumerate(matches) if pair.answer_a.strip() != pair.answer_b.strip()]
+    advance(2 * (len(matches) - len(asked)))
+    questions = [question for i in asked for question in _both_orders(matches[i].pair)]
+    places = [(i, order) for i in asked for order in SHOWN_FIRST]
+    decided = dict(zip(places, judge.decide(questions, advance) if questions else [], strict=True))
     verdicts = []
-    for pair in pairs:
+    for i, (model_a, model_b, pair) in enumerate(matches):
         for order, first in SHOWN_FIRST.items():
-            judgement = decided.get((pair.prompt_id, order), Judgement("tie", IDENTICAL))
+            judgement = decided.get((i, order), Judgement("tie", IDENTICAL))
             verdicts.append(
                 Verdict(
                     prompt_id=pair.prompt_id,

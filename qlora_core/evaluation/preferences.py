@@ -16,11 +16,12 @@ from qlora_core.config.evaluate import EvaluateConfig
 from qlora_core.data.dataset import PromptRow, read_prompts
 from qlora_core.errors import EvaluationError
 from qlora_core.evaluation.adapter_scores import open_scorer
+from qlora_core.evaluation.answer_book import Prompt
 from qlora_core.evaluation.answer_checks import is_degenerate
-from qlora_core.evaluation.evaluate import question_text
+from qlora_core.evaluation.evaluation_files import question_text
+from qlora_core.evaluation.judge_choice import open_judge
 from qlora_core.evaluation.judge_client import resolve_kind
 from qlora_core.evaluation.judge_offline import LogProbJudge
-from qlora_core.evaluation.judge_openai import open_openai_judge
 from qlora_core.evaluation.pairwise import AnswerPair, judge_pairs
 from qlora_core.evaluation.verdict import Verdict
 from qlora_core.model.adapter_set import NamedAdapter
@@ -61,9 +62,10 @@ def collect_preferences(
     named = [NamedAdapter(ADAPTER, adapter_folder)]
     if other_folder is not None:
         named.append(NamedAdapter(OTHER, other_folder))
+    questions = {row.id: Prompt(question_text(row.messages), row.category, row.reference) for row in asked}
     with ExitStack() as opened:
-        endpoint = opened.enter_context(open_openai_judge(config.judge, os.environ, None)) if kind == "openai" else None
-        if not (allow_uncertified or (endpoint is not None and endpoint.certified)):
+        chosen = opened.enter_context(open_judge(config, kind, os.environ, None, questions))
+        if not (allow_uncertified or chosen.certified):
             raise EvaluationError(
                 f"the judge ({kind}) is not certified, and what it prefers would be trained in; see `qlora judge "
                 "certify`, or allow it (--uncertified)"
@@ -73,11 +75,11 @@ def collect_preferences(
         )
         mine, others = scorer.answers(asked, (ADAPTER, None if other_folder is None else OTHER))
         compared = [
-            AnswerPair(row.id, question_text(row.messages), *pair)
-            for row, *pair in zip(asked, mine, others, strict=True)
+            AnswerPair(row.id, question_text(row.messages), by_adapter, by_other, row.reference)
+            for row, by_adapter, by_other in zip(asked, mine, others, strict=True)
         ]
-        judge = endpoint or LogProbJudge(
-            scorer.adapters.base, scorer.chat.tokenizer, batch_size=scorer.config.batch_size
+        judge = chosen.judge(
+            lambda: LogProbJudge(scorer.adapters.base, scorer.chat.tokenizer, batch_size=scorer.config.batch_size)
         )
         with progress_bar("Judging", 2 * len(compared)) as advance:
             verdicts = judge_pairs(judge, compared, model_a=ADAPTER, model_b=OTHER, advance=advance)

@@ -21,6 +21,7 @@ Method = Literal["elo", "bradley-terry"]
 METHODS: tuple[Method, ...] = ("elo", "bradley-terry")
 POINTS_PER_LOGIT = 400 / np.log(10)
 OUTCOMES_PER_BATCH = 2_000_000
+EQUAL_LOGITS = 1e-9
 
 
 class Cells(NamedTuple):
@@ -154,7 +155,8 @@ def _by_bradley_terry(
     drawn_abilities = np.concatenate(abilities)
     points = START + POINTS_PER_LOGIT * drawn_abilities
     intervals = [percentile_interval(points[:, i], confidence) for i in range(len(cells.models))]
-    ranks = 1 + (drawn_abilities[:, None, :] > drawn_abilities[:, :, None]).sum(axis=2)
+    # Equal models share a rank: rounding must not name a leader
+    ranks = 1 + (drawn_abilities[:, None, :] > drawn_abilities[:, :, None] + EQUAL_LOGITS).sum(axis=2)
     rank_bounds = [percentile_interval(ranks[:, i].astype(np.float64), confidence) for i in range(len(cells.models))]
     return {
         **_ranked(cells.models, START + POINTS_PER_LOGIT * whole.abilities[0], intervals),

@@ -14,7 +14,7 @@ For inference only. Knows PEFT's folders through `adapter`; knows nothing of pro
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch.nn.functional import linear
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from qlora_core.errors import ModelError
@@ -40,7 +41,7 @@ class NamedAdapter(NamedTuple):
 
 
 class _Share(NamedTuple):
-    """One adapter's factors on one module: a_ri [r, in], b_ro [r, out] with the scale in it; float32, on the CPU.
+    """One adapter's factors on one module: a_ri [r, in], b_ro [r, out] with the scale in it; float32.
 
     `gain_o`: what DoRA multiplies the base's own product by (it is in b_ro too); None for plain LoRA.
     """
@@ -88,13 +89,12 @@ class AdapterSet:
     def __init__(self, base: PreTrainedModel, names: Sequence[str], targets: dict[str, _Target]) -> None:
         self.base = base
         self.names = tuple(names)
-        self._layouts = {target.layout for target in targets.values()}
+        self._targets: dict[str, _Target] = {}
+        self._hooks: dict[str, RemovableHandle] = {}
+        self._layouts: set[tuple[_Columns, ...]] = set()
         self._rows: list[str | None] | None = None
         self._selections: dict[tuple[_Columns, ...], _Selection | None] = {}
-        self._hooks = [
-            base.get_submodule(name).register_forward_hook(partial(self._add, name, target))
-            for name, target in targets.items()
-        ]
+        self._put(targets)
 
     @contextmanager
     def rows(self, adapters: Sequence[str | None]) -> Iterator[None]:
@@ -125,11 +125,57 @@ class AdapterSet:
                     f"no adapter is named {name!r} here; there are {', '.join(self.names)} (None: the base)"
                 )
 
+    def add(self, adapter: NamedAdapter, *, expected_base_digest: str | None = None) -> None:
+        """Put one more adapter on, between batches; the others' answers stay what they are.
+
+        Raises:
+            ModelError: a name that is in the set, a `rows` block is open, or what `attach_adapter` refuses; the set is
+                as it was then.
+        """
+        self._check_between_batches()
+        _check_names([*self.names, adapter.name])
+        device, targets = self.base.device, {}
+        for module, share in _read_shares(self.base, adapter, expected_base_digest):
+            before = _shares_of(self._targets[module]) if module in self._targets else []
+            targets[module] = _stack([*before, share], device)
+        self._put(targets)
+        self.names = (*self.names, adapter.name)
+
+    def drop(self, name: str) -> None:
+        """Take one adapter off, between batches.
+
+        Raises:
+            ModelError: the name is not in the set, or a `rows` block is open.
+        """
+        self._check_between_batches()
+        self.check([name])
+        targets: dict[str, _Target | None] = {}
+        for module, target in self._targets.items():
+            left = [share for share in _shares_of(target) if share.adapter != name]
+            if len(left) < len(target.layout):
+                targets[module] = _stack(left, self.base.device) if left else None
+        self._put(targets)
+        self.names = tuple(each for each in self.names if each != name)
+
     def remove(self) -> None:
         """Take the adapters off; the base is as it was before."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self._put(dict.fromkeys(self._targets))
+
+    def _put(self, targets: Mapping[str, _Target | None]) -> None:
+        """Modules' factors in place of those they had; None: the module is the base's own again."""
+        for name, target in targets.items():
+            if name in self._hooks:
+                self._hooks.pop(name).remove()
+                del self._targets[name]
+            if target is not None:
+                module = self.base.get_submodule(name)
+                self._hooks[name] = module.register_forward_hook(partial(self._add, name, target))
+                self._targets[name] = target
+        self._layouts = {target.layout for target in self._targets.values()}
+
+    def _check_between_batches(self) -> None:
+        if self._rows is not None:
+            raise ModelError("adapters come and go between batches; leave the rows block first")
 
     def _select(self, rows: list[str | None] | None) -> None:
         self._rows = rows
@@ -278,13 +324,22 @@ def lora_scale(config: LoraConfig, module: str) -> float:
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
 
 
+def _shares_of(target: _Target) -> list[_Share]:
+    """Each adapter's factors on a module again, where they are."""
+    return [
+        _Share(name, target.a_si[start:stop], target.b_so[start:stop], target.gains.get(name))
+        for name, start, stop in target.layout
+    ]
+
+
 def _stack(shares: Sequence[_Share], device: torch.device) -> _Target:
+    """The factors side by side on the device; a copy of its own, even of one."""
     layout, start = [], 0
     for share in shares:
         stop = start + len(share.a_ri)
         layout.append(_Columns(share.adapter, start, stop))
         start = stop
-    a_si = torch.cat([share.a_ri for share in shares])
-    b_so = torch.cat([share.b_ro for share in shares])
+    a_si = torch.cat([share.a_ri.to(device) for share in shares])
+    b_so = torch.cat([share.b_ro.to(device) for share in shares])
     gains = {share.adapter: share.gain_o.to(device) for share in shares if share.gain_o is not None}
-    return _Target(a_si.to(device), b_so.to(device), tuple(layout), gains)
+    return _Target(a_si, b_so, tuple(layout), gains)

@@ -26,6 +26,7 @@ FILE_SETTINGS = (
     "data.split.earlier",
     "quantize.quality_text",
     "evaluate.judge.certificate",
+    "evaluate.judge.checks",
     "evaluate.general_text",
     "evaluate.votes",
     "evaluate.parity_certificate",

@@ -102,7 +102,7 @@ class Promotion:
             against = self.rival.adapter_sha256 if self.rival else "none"
         inputs = {name: self.pipeline.run(name).artifact for name in ("curate", "quantize", "sweep", "evaluate")}
         digests = {name: artifact.digest for name, artifact in inputs.items()} | {"champion": against}
-        key = StageKey("gate", "3", self.job.section("gate"), digests)
+        key = StageKey("gate", "4", self.job.section("gate"), digests)
         result = self.pipeline.get_or_build("gate", key, lambda out: self._decide(inputs, out))
         decision = json.loads((result.artifact.path / "decision.json").read_text(encoding="utf-8"))
         drift, diagnosis = (
@@ -111,12 +111,12 @@ class Promotion:
         return Gate(result, decision, result.artifact.path / "report.html", drift, diagnosis)
 
     def _decide(self, inputs: Mapping[str, Artifact], out: Path) -> None:
-        from qlora_core.registry.gate import decide
+        from qlora_core.registry.gate.decide import decide
         from qlora_core.report.report import write_report
 
         evaluation = _read(inputs["evaluate"], "evaluation.json")
         champion = self.rival
-        comparison = self._against(champion, inputs) if champion else None
+        comparison = self._against(champion, inputs, out) if champion else None
         verdict = decide(evaluation, comparison, self.job.config.gate)
         decision = {
             "verdict": verdict.verdict,
@@ -147,9 +147,10 @@ class Promotion:
             evaluation_folder=inputs["evaluate"].path,
             findings=finding_lines(drift, diagnosis),
             diagnosis=diagnosis,
+            comparison_folder=out,
         )
 
-    def _against(self, champion: Champion, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    def _against(self, champion: Champion, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         """The candidate beside the champion on the same held-out rows, or why they cannot be compared."""
         quantized = inputs["quantize"]
         if champion.quantized_base_digest != quantized.digest:
@@ -174,6 +175,7 @@ class Promotion:
                 adapter_folder=inputs["sweep"].path / "adapter" if watched else None,
                 judged=self.job.config.gate.primary.metric == "judge",
                 verdict_cache=verdicts,
+                out=out,
             )
         return {"version": champion.version, **compared}
 

@@ -23,7 +23,8 @@ from qlora_core.pipeline.start_adapter import pin_start
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run's id and config. `folder` holds config.json from the start and summary.json and report.html at the end.
+    """A run's id and config. `folder` holds config.json from the start and summary.json, report.html and
+    disagreements.html at the end.
 
     `inputs` are those found before anything was read; what arrives later is for the next run.
     """
@@ -71,6 +72,7 @@ class RunRecord:
         swept = pipeline.document("sweep", "sweep.json")
         evaluation = pipeline.document("evaluate", "evaluation.json")
         registration, _ = promotion.register()
+        shutil.copy(gate.report.with_name("disagreements.html"), self.folder / "disagreements.html")
         summary = {
             "run_id": self.run_id,
             "stages": stages,

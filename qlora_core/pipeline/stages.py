@@ -162,12 +162,12 @@ def _quantize_folder(job: Job, key: StageKey) -> Path:
 def _sweep_key(job: Job, inputs: Manifests) -> StageKey:
     settings = {
         # What it begins from is an input, whatever it is called.
-        "train": job.section("train", without=frozenset({"checkpoint_every_steps", "start_from"})),
+        "train": job.section("train", without=frozenset({"checkpoint_every_steps", "start_from", "start_as"})),
         "sweep": job.section("sweep", without=WITHOUT_EFFECT),
     }
     digests = {name: inputs[name].digest for name in ("curate", "quantize")}
     if job.start_adapter is not None:
-        digests["start"] = job.start_adapter.adapter_sha256
+        digests["parent" if _has_parent(job) else "start"] = job.start_adapter.adapter_sha256
     return StageKey("sweep", "2", settings, digests)
 
 
@@ -186,7 +186,8 @@ def _build_sweep(job: Job, inputs: Inputs, out: Path) -> None:
         inputs=key.inputs,
         # Never asked for where it would have to be made or fetched: the demo's base is no input of this stage
         original_folder=None if job.external_base is None else job.external_base.folder,
-        start_folder=_start_folder(job, inputs),
+        start_folder=None if _has_parent(job) else _start_folder(job, inputs),
+        parent_folder=_start_folder(job, inputs) if _has_parent(job) else None,
     )
     live = LiveSweep(
         tracking_uri=job.config.tracking_uri,
@@ -200,6 +201,10 @@ def _build_sweep(job: Job, inputs: Inputs, out: Path) -> None:
     )
     with LiveMetrics(live) as metrics:
         run_sweep(job.config.sweep, job.config.train, job.config.compute, work, out, on_trial=metrics.take)
+
+
+def _has_parent(job: Job) -> bool:
+    return job.config.train.start_as == "parent"
 
 
 def _start_folder(job: Job, inputs: Inputs) -> Path | None:
@@ -246,11 +251,9 @@ def _evaluate_key(job: Job, inputs: Manifests) -> StageKey:
         chosen = judge.model_dump(mode="json", include=verdicts)
         url = custom_url(judge, os.environ)
         settings["judge"] |= {**chosen, "endpoint": None if url is None else without_secrets(url)}
-    certificate = _certificate(job)
-    if certificate is not None:
-        settings["judge"]["certificate"] = digest_file(certificate)
+    settings["judge"] |= {name: digest_file(path) for name, path in _judge_files(job).items()}
     digests = {name: inputs[name].digest for name in ("curate", "quantize", "sweep")}
-    return StageKey("evaluate", "2", settings, digests)
+    return StageKey("evaluate", "3", settings, digests)
 
 
 def _evaluate_files(job: Job) -> dict[str, Path]:
@@ -265,15 +268,15 @@ def _evaluate_files(job: Job) -> dict[str, Path]:
     return files
 
 
-def _certificate(job: Job) -> Path | None:
-    """The judge's certificate, whose contents are part of what an evaluation is made of."""
-    named = job.config.evaluate.judge.certificate
-    if named is None:
-        return None
-    path = job.config.path(named)
-    if not path.is_file():
-        raise ConfigError(f"evaluate.judge.certificate: {path} is no file; write it with `qlora judge certify`")
-    return path
+def _judge_files(job: Job) -> dict[str, Path]:
+    """The judge's files that are named, whose contents are part of what an evaluation is made of."""
+    advice = {"certificate": "write it with `qlora judge certify`", "checks": "give one check a line"}
+    named = {name: getattr(job.config.evaluate.judge, name) for name in advice}
+    files = {name: job.config.path(value) for name, value in named.items() if value is not None}
+    for name, path in files.items():
+        if not path.is_file():
+            raise ConfigError(f"evaluate.judge.{name}: {path} is no file; {advice[name]}")
+    return files
 
 
 def _build_evaluate(job: Job, inputs: Inputs, out: Path) -> None:
@@ -304,10 +307,8 @@ def exported_candidates(sweep_folder: Path) -> list[tuple[str, Path]]:
 
 def evaluate_settings(job: Job) -> EvaluateConfig:
     """The `evaluate` section with every file at its place and the judge that `auto` means here."""
-    certificate = _certificate(job)
-    judge = job.config.evaluate.judge.model_copy(
-        update={"kind": judge_kind(job), "certificate": None if certificate is None else str(certificate)}
-    )
+    judge_files = {name: str(path) for name, path in _judge_files(job).items()}
+    judge = job.config.evaluate.judge.model_copy(update={"kind": judge_kind(job), **judge_files})
     files = {name: str(path) for name, path in _evaluate_files(job).items()}
     return job.config.evaluate.model_copy(update={"judge": judge, **files})
 

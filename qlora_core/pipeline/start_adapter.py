@@ -58,8 +58,11 @@ def pin_start(config: PipelineConfig) -> PipelineConfig:
         return config
     _check_watched(config)
     champion = _champion(config)
-    pinned = None if champion is None else f"{SCHEME}{config.registry.model_name}/{champion.version}"
-    train = config.train.model_copy(update={"start_from": pinned})
+    if champion is None:
+        update = {"start_from": None, "start_as": "weights"}
+    else:
+        update = {"start_from": f"{SCHEME}{config.registry.model_name}/{champion.version}"}
+    train = config.train.model_copy(update=update)
     return config.model_copy(update={"train": train}).rooted_at(config.folder)
 
 

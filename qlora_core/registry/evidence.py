@@ -18,7 +18,7 @@ from qlora_core.digest import canonical_json, digest_bytes, digest_json
 from qlora_core.errors import RegistryError
 from qlora_core.registry.connection import registry_errors
 from qlora_core.registry.evidence_digests import changed_parts, code_version, part_digests
-from qlora_core.registry.gate import Decision, decide
+from qlora_core.registry.gate.decide import Decision, decide
 from qlora_core.registry.versions import ADAPTER_TAG, BASE_TAG, RegisteredVersion, set_version_tag
 
 if TYPE_CHECKING:

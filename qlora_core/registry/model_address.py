@@ -1,4 +1,7 @@
-"""What `models:/NAME@ALIAS` and `models:/NAME/VERSION` mean: a version, and its verified PEFT folder on local disk."""
+"""What `models:/NAME@ALIAS` and `models:/NAME/VERSION` mean: a version, and its verified PEFT folder on local disk.
+
+An alias may mean another version at any time: what asks again holds an `AddressBook`.
+"""
 
 import re
 from dataclasses import dataclass
@@ -30,27 +33,73 @@ class RegisteredAdapter:
     quantized_base_digest: str
 
 
+class AddressBook:
+    """Looks addresses up in one registry, again and again, over one client; its folders go under `cache_dir`.
+
+    Raises RegistryError for an address of another form and a registry that is not there (a SQLite file is not created);
+    RegistryUnavailableError where it does not answer now.
+    """
+
+    def __init__(self, tracking_uri: str, cache_dir: Path) -> None:
+        self._tracking_uri, self._cache_dir = tracking_uri, cache_dir
+        self._client: MlflowClient | None = None
+
+    def version_of(self, address: str) -> str | None:
+        """The version that an address means now, from one look-up; None: there is no such model or alias."""
+        found = _parsed(address)
+        if found["version"] is not None:
+            return found["version"]
+        return alias_version(self._connected(address), found["name"], found["alias"])
+
+    def fetch(self, address: str, version: str) -> RegisteredAdapter:
+        """A version of the model that an address names, downloaded and verified.
+
+        Raises RegistryError, too, where there is no such version, or its files are not those that were registered.
+        """
+        client = self._connected(address)
+        found = get_version(client, _parsed(address)["name"], version)
+        folder = fetch_version(client, found, self._cache_dir)
+        return RegisteredAdapter(found.name, found.version, folder, found.tag(ADAPTER_TAG), found.tag(BASE_TAG))
+
+    def _connected(self, address: str) -> "MlflowClient":
+        database = sqlite_file(self._tracking_uri)
+        if database is not None and not database.is_file():
+            self._client = None
+            raise RegistryError(
+                f"there is no registry at {database}, so {address} cannot be found; run `qlora run` first"
+            )
+        self._client = self._client or connect(self._tracking_uri)
+        return self._client
+
+
 def resolve_address(tracking_uri: str, address: str, cache_dir: Path) -> RegisteredAdapter:
     """The adapter that an address means now, downloaded under `cache_dir` and verified.
 
-    Raises RegistryError for an address of another form, no such model, alias or version, a registry that is not there
-    (a SQLite file is not created), and for files that are not those that were registered.
+    Raises RegistryError for what an `AddressBook` refuses, and for no such model or alias.
     """
+    book = AddressBook(tracking_uri, cache_dir)
+    version = book.version_of(address)
+    if version is None:
+        found = _parsed(address)
+        raise RegistryError(f"{address}: {found['name']!r} has no alias {found['alias']!r}; see `qlora history CONFIG`")
+    return book.fetch(address, version)
+
+
+def is_alias(address: str) -> bool:
+    """Whether an address may mean another version later. Raises RegistryError for an address of another form."""
+    return _parsed(address)["alias"] is not None
+
+
+def _parsed(address: str) -> re.Match[str]:
     found = _ADDRESS.fullmatch(address)
     if found is None:
         raise RegistryError(f"{address!r} is no address of a version; write models:/NAME@ALIAS or models:/NAME/3")
-    database = sqlite_file(tracking_uri)
-    if database is not None and not database.is_file():
-        raise RegistryError(f"there is no registry at {database}, so {address} cannot be found; run `qlora run` first")
-    client = connect(tracking_uri)
-    name, number = found["name"], found["version"]
-    if number is None:
-        number = alias_version(client, name, found["alias"])
-    if number is None:
-        raise RegistryError(f"{address}: {name!r} has no alias {found['alias']!r}; see `qlora history CONFIG`")
-    version = get_version(client, name, number)
-    folder = fetch_version(client, version, cache_dir)
-    return RegisteredAdapter(name, version.version, folder, version.tag(ADAPTER_TAG), version.tag(BASE_TAG))
+    return found
+
+
+def alias_addresses(model_name: str) -> list[str]:
+    """The addresses of a model's champion and challenger, whether there are such or not."""
+    return [f"{SCHEME}{model_name}@{alias}" for alias in (CHAMPION, CHALLENGER)]
 
 
 def present_aliases(tracking_uri: str, model_name: str) -> list[str]:
@@ -62,8 +111,8 @@ def present_aliases(tracking_uri: str, model_name: str) -> list[str]:
     found = []
     if database is None or database.is_file():
         client = connect(tracking_uri)
-        aliases = [alias for alias in (CHAMPION, CHALLENGER) if alias_version(client, model_name, alias) is not None]
-        found = [f"{SCHEME}{model_name}@{alias}" for alias in aliases]
+        wanted = alias_addresses(model_name)
+        found = [each for each in wanted if alias_version(client, model_name, _parsed(each)["alias"]) is not None]
     if not found:
         raise RegistryError(f"{model_name!r} has neither champion nor challenger yet; run `qlora run` first")
     return found

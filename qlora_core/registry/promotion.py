@@ -21,7 +21,7 @@ from qlora_core.registry.evidence import (
     decide_again,
     read_evidence,
 )
-from qlora_core.registry.gate import Decision
+from qlora_core.registry.gate.decide import Decision
 from qlora_core.registry.history import read_log
 from qlora_core.registry.load_check import LOAD_CHECK_TAG, PASSED
 from qlora_core.registry.versions import RegisteredVersion, get_version, verify_version

@@ -23,7 +23,7 @@ from qlora_core.registry.evidence import (
     evidence_for,
     write_evidence,
 )
-from qlora_core.registry.gate import decide
+from qlora_core.registry.gate.decide import decide
 from qlora_core.registry.load_check import LOAD_CHECK_TAG, PASSED, check_version
 from qlora_core.registry.parity_certificate import CERTIFICATE_FILE, keep_certificate
 from qlora_core.registry.promotion import in_shadow, waits_for_approval

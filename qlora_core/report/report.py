@@ -11,6 +11,7 @@ import yaml
 
 from qlora_core.digest import digest_json
 from qlora_core.report.answers import match_table, read_answers, sample_answers
+from qlora_core.report.disagreements_page import disagreements_page
 from qlora_core.report.figures import (
     counts_figure,
     curves_figure,
@@ -21,8 +22,12 @@ from qlora_core.report.figures import (
     quantization_figure,
     sweep_figure,
 )
+from qlora_core.report.heat_map import heat_map
 from qlora_core.report.page import embedded, template
+from qlora_core.report.run_judging import read_judging
 
+DISAGREEMENTS_PAGE = "disagreements.html"
+SHOWN_DISAGREEMENTS = 3
 SHOWN_ANSWERS = 12
 SHOWN_QUARANTINED = 10
 SHOWN_HITS = 20
@@ -53,8 +58,12 @@ def write_report(
     evaluation_folder: Path,
     findings: tuple[Sequence[str], Sequence[str]] | None = None,
     diagnosis: Mapping[str, Any] | None = None,
+    comparison_folder: Path | None = None,
 ) -> None:
     """Write the HTML file `out` from the stages' JSON, their `lineage` graph and the tables in the two folders.
+
+    Beside it goes `disagreements.html`, the page of the most telling ones; `out` shows the first few itself, so that it
+    can be taken away alone. `comparison_folder` is where `compare_adapters` left the champion's answers.
 
     Equal inputs give equal bytes. Text from data is escaped everywhere. A judge or an exact match that is null is said
     to be missing, and why. `findings` are sentences on the data's drift and on weak slices, `diagnosis` the latter with
@@ -64,6 +73,14 @@ def write_report(
     answers = read_answers(evaluation_folder)
     matches = match_table(answers, evaluation["metrics"]["heldout"]["confidence"])
     varied = _varied(sweep)
+    judging = read_judging(
+        evaluation,
+        decision,
+        answers,
+        evaluation_folder,
+        comparison_folder=comparison_folder,
+        slices=config.get("gate", {}).get("slices"),
+    )
     candidates = _several(evaluation.get("candidates") or [])
     page = template("report.html.jinja").render(
         config=config,
@@ -81,6 +98,8 @@ def write_report(
         exact=evaluation["metrics"]["exact_match"],
         judge=evaluation["metrics"]["judge"],
         decision=decision,
+        judging={**judging, "heat_maps": [heat_map(table) for table in judging["heat_maps"]]},
+        shown_disagreements=SHOWN_DISAGREEMENTS,
         findings=findings,
         diagnosis=diagnosis,
         lead=LEADS[decision["verdict"]],
@@ -98,6 +117,8 @@ def write_report(
         | {"lineage": embedded(lineage_figure(lineage))},
     )
     out.write_text(page, encoding="utf-8", newline="\n")
+    telling = disagreements_page(config["registry"]["model_name"], judging["disagreements"])
+    out.with_name(DISAGREEMENTS_PAGE).write_text(telling, encoding="utf-8", newline="\n")
 
 
 def _figures(

@@ -53,11 +53,11 @@ def create_app(desk: Desk, *, token: str | None, max_body_bytes: int) -> FastAPI
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_card(model) for model in desk.served.models.values()]}
+        return {"object": "list", "data": [_card(model, desk) for model in desk.models()]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        return _card(desk.model(name))
+        return _card(desk.model(name), desk)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -200,7 +200,7 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def _card(model: ServedModel) -> dict[str, Any]:
+def _card(model: ServedModel, desk: Desk) -> dict[str, Any]:
     """A model as it is listed; what this server adds to OpenAI's keys stands under `qlora`."""
     source = model.source
     return {
@@ -214,6 +214,7 @@ def _card(model: ServedModel) -> dict[str, Any]:
             "bound_by": model.bound_by,
             "address": None if source is None else source.address,
             "version": None if source is None else source.version,
+            "note": desk.notes.get(model.id),
             "chat_template": model.chat.origin,
         },
     }

@@ -5,6 +5,7 @@ Raises what is wrong with a request as ApiError. Knows engine and tokenizers; kn
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,22 +38,43 @@ class Ticket:
 
 
 class Desk:
-    """Takes requests for what is served."""
+    """Takes requests for what is served. `notes`: by name, why what answers may not be what the name means by now."""
 
     def __init__(self, served: Served, engine: Engine) -> None:
         self.served = served
         self.engine = engine
+        self.notes: dict[str, str] = {}
+        self._choosing = threading.RLock()
+
+    def models(self) -> list[ServedModel]:
+        """All that can be asked for, the base first."""
+        with self._choosing:
+            return list(self.served.models.values())
+
+    def put(self, model: ServedModel) -> ServedModel | None:
+        """Answer with `model` under its name from now on; returns what answered before. From any thread.
+
+        Requests taken before are in the engine's queue, or answered, when this returns.
+        """
+        with self._choosing:
+            before = self.served.models.get(model.id)
+            self.served.models[model.id] = model
+        return before
 
     def model(self, name: str) -> ServedModel:
         """The model of a name. Raises ApiError 404."""
-        found = self.served.models.get(name)
+        with self._choosing:
+            found, known = self.served.models.get(name), ", ".join(self.served.models)
         if found is None:
-            known = ", ".join(self.served.models)
             raise ApiError(404, f"no model is named {name!r}; there are {known}", code="model_not_found", param="model")
         return found
 
     def take(self, request: ChatRequest | CompletionRequest) -> Ticket:
         """Queue what is asked for; call from the event loop that will listen."""
+        with self._choosing:  # until it is queued, what it asks for stays on the base
+            return self._take(request)
+
+    def _take(self, request: ChatRequest | CompletionRequest) -> Ticket:
         model = self.model(request.model)
         if isinstance(request, ChatRequest):
             ids, shape_of = self._chat_ids(model, request), ChatShape

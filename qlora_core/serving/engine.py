@@ -8,7 +8,9 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -19,6 +21,8 @@ from qlora_core.model.running_batch import RunningBatch
 from qlora_core.serving.answer import Answer, Event, Wanted
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Engine:
         self._rows, self._waiting = rows, waiting
         self._queue: deque[Answer] = deque()
         self._running: list[Answer] = []
+        self._tasks: deque[Callable[[EngineStoppedError | None], None]] = deque()
         self._changed = threading.Condition()
         self._stopping = False
         self._largest = 0
@@ -77,8 +82,7 @@ class Engine:
         """
         answer = Answer(wanted, listen)
         with self._changed:
-            if not self.alive:
-                raise EngineStoppedError("the server is stopping; ask again when it has been started")
+            self._check_alive()
             self._queue = deque(each for each in self._queue if not each.cancelled)
             if len(self._queue) >= self._waiting:
                 raise QueueFullError(f"{len(self._queue)} requests wait already, no more than {self._waiting} may")
@@ -86,9 +90,41 @@ class Engine:
             self._changed.notify_all()
         return answer
 
+    def between_steps(self, task: Callable[[], T]) -> T:
+        """Run `task` in the engine's thread while no step runs, for what changes the model; answers wait meanwhile.
+
+        Raises:
+            EngineStoppedError: nobody would run it. What `task` raises; the engine goes on.
+        """
+        done: Future[T] = Future()
+
+        def run(stopped: EngineStoppedError | None) -> None:
+            try:
+                if stopped is not None:
+                    raise stopped
+                done.set_result(task())
+            except Exception as error:  # noqa: BLE001 - whoever waits for it is told
+                done.set_exception(error)
+
+        with self._changed:
+            self._check_alive()
+            self._tasks.append(run)
+            self._changed.notify_all()
+        return done.result()
+
+    def uses(self, adapter: str) -> bool:
+        """Whether an answer under way or one that waits is of this adapter; to be asked between steps."""
+        with self._changed:
+            return any(answer.wanted.adapter == adapter for answer in (*self._running, *self._queue))
+
+    def _check_alive(self) -> None:
+        if not self.alive:
+            raise EngineStoppedError("the server is stopping; ask again when it has been started")
+
     def _run(self) -> None:
         try:
             while self._wait():
+                self._do_tasks()
                 self._turn()
         finally:
             with self._changed:
@@ -97,11 +133,20 @@ class Engine:
                 self._queue.clear()
             for answer in left:
                 answer.fail("the server was stopped before the answer was whole")
+            self._do_tasks(EngineStoppedError("the server was stopped"))
+
+    def _do_tasks(self, stopped: EngineStoppedError | None = None) -> None:
+        while True:
+            with self._changed:
+                if not self._tasks:
+                    return
+                task = self._tasks.popleft()
+            task(stopped)
 
     def _wait(self) -> bool:
         """Sleep until there is work; False once it is time to stop."""
         with self._changed:
-            while not (self._stopping or self._queue or self._running):
+            while not (self._stopping or self._queue or self._running or self._tasks):
                 self._changed.wait()
             return not self._stopping
 

@@ -11,6 +11,7 @@ from qlora_core.listening import http_address, is_loopback, listen
 from qlora_core.serving.app import create_app
 from qlora_core.serving.desk import Desk
 from qlora_core.serving.engine import Engine
+from qlora_core.serving.following import Follower, Following
 from qlora_core.serving.served import Served
 
 TOKEN_VARIABLE = "QLORA_SERVE_TOKEN"
@@ -34,15 +35,20 @@ class ModelServer:
     url: str
     needs_token: bool
     engine: Engine
+    follower: Follower | None
     _server: uvicorn.Server
     _socket: socket.socket
 
     def run(self) -> None:
         """Answer until SIGINT or SIGTERM, which uvicorn passes on after the last answer, or after 10 s."""
         self.engine.start()
+        if self.follower is not None:
+            self.follower.start()
         try:
             self._server.run(sockets=[self._socket])
         finally:
+            if self.follower is not None:
+                self.follower.stop()
             self.engine.stop()
             self._socket.close()
 
@@ -68,9 +74,15 @@ def check_access(host: str, environment: Mapping[str, str]) -> str | None:
 
 
 def open_model_server(
-    served: Served, *, host: str, port: int, environment: Mapping[str, str], limits: Limits | None = None
+    served: Served,
+    *,
+    host: str,
+    port: int,
+    environment: Mapping[str, str],
+    limits: Limits | None = None,
+    following: Following | None = None,
 ) -> ModelServer:
-    """Listen on `host`:`port` (0: a free one).
+    """Listen on `host`:`port` (0: a free one). `following`: names whose alias is looked up again while it answers.
 
     Raises:
         ConfigError: see `check_access`; an address that cannot be had. ModelError: see `RunningBatch`.
@@ -78,7 +90,9 @@ def open_model_server(
     limits = limits or Limits()
     token = check_access(host, environment)
     engine = Engine(served.model, rows=limits.rows, waiting=limits.waiting)
-    app = create_app(Desk(served, engine), token=token, max_body_bytes=limits.body_bytes)
+    desk = Desk(served, engine)
+    follower = None if following is None else Follower(desk, following)
+    app = create_app(desk, token=token, max_body_bytes=limits.body_bytes)
     listening = listen(host, port)
     config = uvicorn.Config(
         app,
@@ -89,4 +103,4 @@ def open_model_server(
         timeout_graceful_shutdown=GRACE_S,
     )
     url = f"{http_address(host, listening)}/v1"
-    return ModelServer(url, token is not None, engine, uvicorn.Server(config), listening)
+    return ModelServer(url, token is not None, engine, follower, uvicorn.Server(config), listening)

@@ -17,6 +17,9 @@ def write_adapter_card(
 ) -> None:
     """Write `qlora.json` and copy the tokenizer folder's files (chat template included) into the adapter's folder.
 
+    What was trained on top of another adapter lies in the fused folder's `child`, and has the card, too, beside the
+    parents that it already names.
+
     Raises SweepError when a part of the lineage is missing, or a tokenizer file would overwrite one of the adapter's.
     """
     missing = [name for name in LINEAGE if name not in lineage]
@@ -28,4 +31,11 @@ def write_adapter_card(
             raise SweepError(f"{path} would overwrite {adapter / path.name}; rename the file in the tokenizer folder")
         shutil.copyfile(path, adapter / path.name)
     card = {name: lineage[name] for name in LINEAGE} | {"params": dict(params), "precision": precision}
-    (adapter / "qlora.json").write_text(json.dumps(card, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    _write(adapter / "qlora.json", card)
+    child = adapter / "child" / "qlora.json"
+    if child.is_file():
+        _write(child, card | json.loads(child.read_text()))
+
+
+def _write(path: Path, card: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(card, indent=2, sort_keys=True, allow_nan=False) + "\n")

@@ -81,6 +81,8 @@ class SweepWork:
     original_folder: Path | None = None
     start_folder: Path | None = None
     """The PEFT folder that every trial begins from; None: from scratch."""
+    parent_folder: Path | None = None
+    """The PEFT folder that stays as it is under every trial; None: the base alone."""
 
     @property
     def kept(self) -> dict[str, Any] | None:
@@ -291,6 +293,7 @@ class _Run:
             "trials_dir": str(self._work.trials_dir.resolve()),
             "original_folder": str(original.resolve()) if (original := self._work.original_folder) else None,
             "start_folder": str(start.resolve()) if (start := self._work.start_folder) else None,
+            "parent_folder": str(parent.resolve()) if (parent := self._work.parent_folder) else None,
             "precision": self._train.precision,
             "kept": self._work.kept,
             **execution,

@@ -34,7 +34,7 @@ class SweepWorker:
     `kept` says where in a store the trials' checkpoints are kept too: the fields of `StoreKeeper`. `residency` are the
     arguments of `load_quantized` on how layers execute; `memory_sharers` workers on CPUs divide a machine's memory.
     `limits` are the fields of `PassLimits`. `original_folder` holds the checkpoint that the base was quantized from,
-    `start_folder` the adapter that every trial begins from, if one.
+    `start_folder` the adapter that every trial begins from, `parent_folder` the one that stays under every trial.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class SweepWorker:
         limits: Mapping[str, Any] | None = None,
         original_folder: str | None = None,
         start_folder: str | None = None,
+        parent_folder: str | None = None,
     ) -> None:
         self._quantized_folder = Path(quantized_folder)
         self._curated_folder = Path(curated_folder)
@@ -60,6 +61,7 @@ class SweepWorker:
         self._limits = dict(limits or {})
         self._original = None if original_folder is None else Path(original_folder)
         self._start = None if start_folder is None else Path(start_folder)
+        self._parent = None if parent_folder is None else Path(parent_folder)
         self._stop = threading.Event()
         self._return = threading.Event()
         self._trainer: Trainer | None = None
@@ -170,7 +172,7 @@ class SweepWorker:
         keeper = StoreKeeper(**self._kept) if self._kept else None
         train, validation = self._rows["train"], self._rows["validation"]
         limits = PassLimits(**self._limits)
-        begins = (self._original, self._start)
+        begins = (self._original, self._start, self._parent)
         self._trainer = Trainer(base, train, validation, self._trials_dir, keeper, self._packs, limits, *begins)
         self._precision = precision
         _LOGGER.info("base loaded from %s in %s", self._quantized_folder, precision)

@@ -69,11 +69,20 @@ def write_adapter(base: PreTrainedModel, trained: TrainedAdapter, out: Path) -> 
     stage.mkdir(parents=True)
     try:
         _write_peft_folder(stage, trained)
-        _compare(_reloaded_logits(base, stage, trained.prompts), trained.logits, base)
-        write_golden(stage, Golden(trained.prompts, trained.logits))
+        prove_folder(base, trained, stage)
         stage.replace(out)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def prove_folder(base: PreTrainedModel, trained: TrainedAdapter, folder: Path) -> None:
+    """Load a PEFT folder over the clean `base`, compare its logits with those of `trained`, and put these beside it.
+
+    Raises:
+        TrainingError: they differ.
+    """
+    _compare(_reloaded_logits(base, folder, trained.prompts), trained.logits, base)
+    write_golden(folder, Golden(trained.prompts, trained.logits))
 
 
 def golden_prompts(rows: Sequence[TokenRow]) -> list[list[int]]:

@@ -23,9 +23,11 @@ from qlora_core.model.encoder_decoder import is_encoder_decoder
 from qlora_core.model.packed_attention import check_isolation
 from qlora_core.progress import progress_bar
 from qlora_core.training.adapter_config import lora_config
+from qlora_core.training.base_untouched import BaseUntouched
 from qlora_core.training.checkpoint import CheckpointKeeper
 from qlora_core.training.checkpointing import recomputed_activations
 from qlora_core.training.export import capture, write_adapter
+from qlora_core.training.frozen_parent import FrozenParent
 from qlora_core.training.objectives import Objectives
 from qlora_core.training.original_weights import OriginalWeights
 from qlora_core.training.pack.pack import Pack
@@ -39,6 +41,7 @@ from qlora_core.training.preflight import (
     warn_of_few_examples,
 )
 from qlora_core.training.sensitivity import sensitive_modules
+from qlora_core.training.sequence import write_sequence
 from qlora_core.training.step_log import StepLog
 from qlora_core.training.trial import Trial, TrialProgress
 from qlora_core.training.trial_run import TrialRun
@@ -74,7 +77,8 @@ class Trainer:
     `packs` lists training rows by sequence, as `read_packs` gives them. Then a batch is made of sequences, and
     `micro_batch_size` counts these; the loss stays the mean over trained tokens. Validation rows are never packed, and
     batches of preference pairs are made of pairs. `original` is the folder of the checkpoint that the base was
-    quantized from, for starts that need it; `start` the PEFT folder that every trial begins from, if one.
+    quantized from, for starts that need it; `start` the PEFT folder that every trial begins from, if one; `parent` the
+    one that stays as it is under every trial.
 
     Raises TrainingError at once for data no trial can be trained on: no rows, all labels masked, rows longer than the
     base's positions, tokens outside its vocabulary, packs of other rows; and ModelError for packs on a base that does
@@ -92,6 +96,7 @@ class Trainer:
         limits: PassLimits | None = None,
         original: Path | None = None,
         start: Path | None = None,
+        parent: Path | None = None,
     ) -> None:
         self._base = base
         self._limits = limits or PassLimits()
@@ -106,6 +111,9 @@ class Trainer:
         base.config.use_cache = False
         # Part of every checkpoint's identity; taken here, while the base has no adapter on it
         inputs = {"training data": digest_rows(self._train), "base model": fingerprint_base(base)}
+        self._parent = None if parent is None else FrozenParent(base, parent)
+        if self._parent is not None:
+            inputs["parent"] = self._parent.digest
         self._pack = Pack(base)
         if packs is not None:
             if is_encoder_decoder(base):
@@ -160,7 +168,7 @@ class Trainer:
             raise TrainingError(
                 f"until_step is {until_step}; give one step for all trials or one each, 1 or later, or None"
             )
-        with _BaseUntouched(self._base):
+        with BaseUntouched(self._base):
             segment = _Segment(self, [trial.id for trial in trials])
             try:
                 self._release_but(ids)
@@ -191,6 +199,8 @@ class Trainer:
     def export(self, trial: Trial, out: Path) -> None:
         """Write the trial's newest checkpoint to `out` as a PEFT folder with golden logits, verified by reloading it.
 
+        Over a parent: fused with it, and the child itself in `out`/child, see `write_sequence`.
+
         Raises:
             TrainingError: there is no checkpoint, nothing was learned, or the folder does not reproduce the logits.
         """
@@ -202,7 +212,10 @@ class Trainer:
             trained = capture(self._pack, run.slot, self._validation + self._train)
         finally:
             self._end(run)
-        write_adapter(self._base, trained, out)
+        if self._parent is None:
+            write_adapter(self._base, trained, out)
+        else:
+            write_sequence(self._base, self._parent, trained, out)
 
     def _begin(self, trial: Trial) -> TrialRun:
         """A fresh adapter for the trial, in a slot of its own."""
@@ -212,6 +225,8 @@ class Trainer:
                 f"trial {trial.id} asks for precision {trial.params.precision}, but the base is loaded in "
                 f"{self._base.dtype}; load it in that precision or use train.precision: auto"
             )
+        if self._parent is not None:
+            self._parent.check(trial.params)
         examples = self._objectives.examples(trial.params.objective)
         config = lora_config(self._base, trial.params, self._modules(trial))
         slot = self._pack.fill(config, trial.params.seed, self._residuals(trial.params))
@@ -239,31 +254,6 @@ class Trainer:
     def _end(self, run: TrialRun) -> None:
         run.optimizer.release()
         self._pack.free(run.slot)
-
-
-class _BaseUntouched:
-    """Checks, when the block has ended well, that no frozen weight was moved or rewritten in it."""
-
-    def __init__(self, base: PreTrainedModel) -> None:
-        self._base = base
-
-    def __enter__(self) -> None:
-        self._before = self._places()
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None and self._places() != self._before:
-            raise TrainingError(
-                "the frozen base's weights were moved or rewritten while an adapter was on it; load it anew with "
-                "load_quantized, which keeps bitsandbytes from repacking weights in place"
-            )
-
-    def _places(self) -> dict[str, tuple[int, int]]:
-        """Where each weight lies and how often it was written in place; writes through `.data` escape it.
-
-        A held trial's adapter is on the base already, so names are taken as they are without one.
-        """
-        weights = ((name.replace(".base_layer.", "."), value) for name, value in self._base.named_parameters())
-        return {name: (value.data_ptr(), value._version) for name, value in weights}
 
 
 class _Segment:

@@ -33,7 +33,7 @@ STORE_COMMANDS = [
 
 def test_commands_are_those_promised() -> None:
     assert sorted(DESCRIBED) == [
-        *(f"adapter {name}" for name in ("bisect", "diff", "export", "inspect")),
+        *(f"adapter {name}" for name in ("bisect", "diff", "export", "inspect", "record")),
         "agreement", "benchmark", "chat", "compose", "curate", "doctor", "evaluate", "gate", "history", "init",
         "judge certify", "judge preferences", "merge",
         "perplexity", "plan", "promote", "quantize", "rollback",

@@ -12,11 +12,20 @@ from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from flows.cli.app import app
+from qlora_core.adapters.adapter_folder import adapter_digest
+from qlora_core.adapters.on_base import write_golden_of
+from qlora_core.config.load import load_config
 from qlora_core.config.quantize import QuantizeConfig
+from qlora_core.digest import digest_json
 from qlora_core.model.base import load_quantized
 from qlora_core.quantization.quantize import quantize_checkpoint
+from qlora_core.registry.aliases import CHAMPION, set_alias
+from qlora_core.registry.connection import connect, find_or_create_experiment
+from qlora_core.registry.versions import get_version, register_adapter
 
 Call = Callable[..., tuple[int, dict]]
+LINEAGE: dict[str, str] = dict.fromkeys(("base_model", "base_revision", "quantized_base_digest", "data_digest", "config_digest"), "x")
+FEW = ("--set", "merge.measured_tokens=256", "--set", "merge.calibration_tokens=64")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +76,7 @@ def test_compose_names_the_adapter_and_its_weights(adapter: Path, base: Path, tm
 def test_merge_gives_gain_kl_and_certificate_or_a_refusal(
     adapter: Path, base: Path, tmp_path: Path, call: Call
 ) -> None:
-    few = ("--base", base, "--set", "merge.measured_tokens=256", "--set", "merge.calibration_tokens=64")
+    few = ("--base", base, *FEW)
     code, made = call("merge", adapter, tmp_path / "merged", "--target", "16bit", *few)
     assert code == 0, made
     assert made["gain_retained"] == pytest.approx(1, abs=0.01)
@@ -112,3 +121,74 @@ def test_adapter_commands_answer_in_json(adapter: Path, base: Path, tmp_path: Pa
     code, found = call("adapter", "bisect", adapter, "--base", base, "--text", tmp_path / "text.txt")
     assert code == 0
     assert found["by_adapter"][0]["adapter"] == str(adapter)
+
+
+class Registry:
+    """A project whose SQLite registry holds the adapter as version 1, the champion, and another one as version 2."""
+
+    def __init__(self, folder: Path, base: Path, adapter: Path) -> None:
+        (folder / "rows.json").write_text("[]")
+        self.config = folder / "pipeline.yaml"
+        self.config.write_text("data: {sources: [rows.json]}\nbase: {model: demo}\n")
+        loaded = load_config(self.config)
+        self.name = loaded.registry.model_name
+        self.client = connect(loaded.tracking_uri)
+        experiment = find_or_create_experiment(self.client, "tests", loaded.work_dir)
+        for number, alpha in enumerate((8, 16), 1):
+            made = copytree(adapter, folder / f"v{number}")
+            settings = json.loads((made / "adapter_config.json").read_text())
+            (made / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": alpha}))
+            (made / "qlora.json").write_text("{}")
+            write_golden_of(base, made, [])
+            run_id = self.client.create_run(experiment).info.run_id
+            register_adapter(self.client, self.name, made, run_id=run_id, run_key=f"run-{number}", lineage=LINEAGE)
+        set_alias(self.client, self.name, CHAMPION, "1")
+
+    def tags(self, version: str) -> dict[str, str]:
+        found = get_version(self.client, self.name, version).tags
+        return {key: value for key, value in found.items() if key.startswith("certificate_")}
+
+
+def test_a_registered_version_keeps_the_certificate_of_its_merge(
+    adapter: Path, base: Path, tmp_path: Path, call: Call
+) -> None:
+    registry = Registry(tmp_path, base, adapter)
+    given, out = ("--base", base, *FEW, "--registry", registry.config), tmp_path / "merged"
+    code, said = call("merge", "models:/assistant@champion", tmp_path / "x", "--base", base)
+    assert (code, said["error"]["type"]) == (2, "ConfigError") and "needs --registry" in said["error"]["message"]
+    code, made = call("merge", "models:/assistant@champion", out, *given, "--no-record")
+    assert (code, made["recorded"], registry.tags("1")) == (0, None, {})
+
+    recording = ("--registry", registry.config)
+    code, said = call("adapter", "record", out, "models:/assistant/2", *recording)
+    assert (code, said["error"]["type"]) == (1, "RegistryError") and "certify this adapter" in said["error"]["message"]
+    assert registry.tags("2") == {}
+    code, recorded = call("adapter", "record", out, "models:/assistant@champion", *recording)
+    digest = digest_json(json.loads((out / "certificate.json").read_text()))
+    assert (code, recorded) == (0, {"model": "assistant", "version": "1", "certificate_sha256": digest})
+    tags = registry.tags("1")
+    assert tags["certificate_16bit_sha256"] == digest and float(tags["certificate_16bit_kl"]) == made["kl"]
+    assert call("adapter", "record", out, "models:/assistant/1", *recording) == (0, recorded)
+    assert registry.tags("1") == tags
+
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    code, said = call("adapter", "record", out, "models:/assistant/1", *recording)
+    assert (code, said["error"]["type"]) == (1, "ModelError") and "does not hold the checkpoint" in said["error"][
+        "message"
+    ]
+
+
+def test_a_merge_by_address_records_at_once_on_the_version_that_was_merged(
+    adapter: Path, base: Path, tmp_path: Path, call: Call
+) -> None:
+    registry = Registry(tmp_path, base, adapter)
+    wanted = ("--target", "nf4", "--base", base, *FEW, "--set", "merge.candidates=[dequantized-rtn]")
+    loose = ("--set", "merge.max_kl_4bit=10", "--set", "merge.min_gain_4bit=0", "--set", "merge.min_projection=0")
+    free = ("--set", "merge.min_top1_4bit=0", "--set", "merge.min_predicted_projection=0")
+    out = tmp_path / "merged"
+    code, made = call("merge", "models:/assistant/2", out, *wanted, *loose, *free, "--registry", registry.config)
+    assert code == 0, made
+    assert (made["recorded"]["version"], registry.tags("1")) == ("2", {})
+    assert registry.tags("2")["certificate_nf4_sha256"] == made["recorded"]["certificate_sha256"]
+    assert json.loads((out / "certificate.json").read_text())["adapter_digest"] == adapter_digest(tmp_path / "v2")

@@ -43,6 +43,27 @@ def test_tournament_rates_the_winner_higher_and_counts_the_unscored(
     assert (rated["matches"], rated["unscored"]) == (13, 1)
 
 
+def test_tournament_page_is_written_beside_the_ratings_with_texts_of_any_origin(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    named = {"model_a": "new", "model_b": "old", "judge": "j"}
+    rows = [{**named, "prompt_id": f"p{n}", "verdict": "ab"[n % 3 == 0], "first": "ab"[n % 2]} for n in range(12)]
+    pairs = [
+        {**named, "prompt_id": f"p{n}", "prompt": f"question {n}", "answer_a": "<b>bold</b>", "answer_b": "plain",
+         "category": "maths"}
+        for n in range(12)
+    ]  # fmt: skip
+    page = tmp_path / "pages" / "page.html"
+    verdicts = write(tmp_path / "v.jsonl", rows)
+    rated = run(capfd, "tournament", verdicts, "--report", page, "--answers", write(tmp_path / "pairs.jsonl", pairs))
+    assert rated["report"] == str(page)
+    assert "played" not in rated
+    html = page.read_text()
+    assert "new leads 2 models" in html
+    assert "question 3" in html  # old wins it against the ratings
+    assert "&lt;b&gt;bold" in html and "<b>bold" not in html
+
+
 def test_agreement_of_two_raters_is_cohens_kappa(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     # 2x2 table 20, 5, 10, 15: po = .7, pe = .5, so kappa = .4 (the worked example in Wikipedia's "Cohen's kappa").
     pairs = [("yes", "yes")] * 20 + [("yes", "no")] * 5 + [("no", "yes")] * 10 + [("no", "no")] * 15

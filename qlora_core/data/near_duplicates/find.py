@@ -1,25 +1,24 @@
 """Near-duplicate removal, end to end: rows in, positions kept and rows dropped out.
 
-Goes through the rows twice, a batch at a time, and keeps of each a hash per band; the texts of candidates are read and
-hashed again when they are compared. Knows nothing of languages or meaning: a paraphrase is no near-duplicate.
+Keeps a hash per band of each row (`scan`); the texts of candidates are read and hashed again when they are
+compared. Knows nothing of languages or meaning: a paraphrase is no near-duplicate.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 
 from qlora_core.config.curation import NearDuplicatesConfig
 from qlora_core.data.deduplicate import Survival
 from qlora_core.data.ledger import Dropped
-from qlora_core.data.near_duplicates import kernels
 from qlora_core.data.near_duplicates.candidates import find_candidates, find_twins
 from qlora_core.data.near_duplicates.clusters import Clusters, drop_all, keep_one
-from qlora_core.data.near_duplicates.shingles import Shingles, join_sets, shingle, shingle_sets
-from qlora_core.data.near_duplicates.signatures import Banding, choose_banding, hash_bands, sign
+from qlora_core.data.near_duplicates.scan import NO_PREAMBLES, Scan, scan_rows, text_batches, told_apart
+from qlora_core.data.near_duplicates.shingles import Shingles, join_sets, shingle_sets
+from qlora_core.data.near_duplicates.signatures import Banding, choose_banding
 from qlora_core.data.near_duplicates.verification import (
     CappedBucket,
     Edges,
@@ -31,15 +30,12 @@ from qlora_core.data.near_duplicates.verification import (
 from qlora_core.data.positions import rows_at
 from qlora_core.data.row import Row
 from qlora_core.data.split import Side
-from qlora_core.data.wrappers import Preambles, find_preambles, strip_wrappers
-from qlora_core.progress import progress_bar
+from qlora_core.data.tags.cache import TagCache
+from qlora_core.data.wrappers import Preambles, find_preambles
 
 RULE = "near_duplicate"
-BATCH_ROWS = 1024
-BATCH_CHARACTERS = 1 << 20
 SHOWN_CLUSTERS = 10
 SHOWN_MEMBERS = 5
-NO_PREAMBLES = Preambles()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +86,7 @@ def drop_near_duplicates(
     config: NearDuplicatesConfig,
     preambles: Preambles | None = None,
     earlier: Mapping[Side, pa.Array] | None = None,
+    cache: TagCache | None = None,
 ) -> NearDuplicates:
     """Find rows that say nearly the same, prompt and answer together, and let all but one go.
 
@@ -104,7 +101,8 @@ def drop_near_duplicates(
     - `report`: nothing goes; clusters and counts are told.
     - `none`: nothing is compared.
 
-    `preambles` are those of a larger set of which `rows` are a part; by default they are learnt from `rows`.
+    `preambles` are those of a larger set of which `rows` are a part; by default they are learnt from `rows`. `cache`
+    keeps the signatures by the rows' ids; every likeness is told from the texts themselves.
 
     The result does not depend on the order of `rows`, except that `kept` and `cluster_of` are positions in it. MinHash
     may miss a pair (`Banding.chance`); it never makes one. No rows give an empty result.
@@ -113,44 +111,19 @@ def drop_near_duplicates(
         return NearDuplicates(np.arange(len(rows)), np.full(len(rows), -1, np.int64))
     banding = choose_banding(config.threshold, config.permutations)
     preambles = find_preambles(rows) if preambles is None else preambles
-    survival = Survival(len(rows), source_order, earlier)
-    scan = _scan(rows, survival, config, banding, preambles)
+    survival = Survival(rows, source_order, earlier)
+    scan = scan_rows(rows, config, banding, preambles, cache)
     order = survival.order()
 
     def load(ranks: np.ndarray) -> Shingles:
         chosen = rows_at(rows, order[ranks])
-        batches = _batches(chosen, preambles)
-        return join_sets([_told_apart(shingle_sets(texts, config.shingle_words), tools) for texts, tools in batches])
+        batches = text_batches(chosen, preambles)
+        return join_sets([told_apart(shingle_sets(texts, config.shingle_words), tools) for texts, tools in batches])
 
     search = _search(scan, order, load, config.threshold)
     decide = drop_all if config.action == "drop_all" else keep_one
     clusters = decide(search.edges, search.twins, len(rows))
     return _result(clusters, order, survival, config, search, preambles, banding)
-
-
-def text_of(row: Row, preambles: Preambles) -> str:
-    """What of a row is compared: its turns, a line each, without what it shares with rows of another content.
-
-    Tools are not in it: `drop_near_duplicates` compares rows of the same tools only.
-    """
-    parts = []
-    for message in row.messages:
-        if message.role == "system":
-            parts.append(preambles.strip_system(message.content))
-        elif message.role == "user":
-            parts.append(preambles.strip(strip_wrappers(message.content)))
-        else:
-            parts.append(message.content)
-    return "\n".join([*parts, row.rejected or ""])
-
-
-@dataclass(frozen=True, slots=True)
-class _Scan:
-    """Of every position: the hash of each band, a fingerprint of all shingles, how many they are."""
-
-    bands: np.ndarray
-    fingerprints: np.ndarray
-    sizes: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,61 +135,7 @@ class _Search:
     capped: list[CappedBucket]
 
 
-def _scan(
-    rows: Sequence[Row],
-    survival: Survival,
-    config: NearDuplicatesConfig,
-    banding: Banding,
-    preambles: Preambles,
-) -> _Scan:
-    bands = np.empty((banding.bands, len(rows)), np.uint32)
-    fingerprints, sizes = np.empty(len(rows), np.uint64), np.empty(len(rows), np.int32)
-    start = 0
-    with progress_bar("Looking for near-duplicates", len(rows)) as advance:
-        for texts, tools in _batches(rows, preambles, survival):
-            shingles = _told_apart(shingle(texts, config.shingle_words), tools)
-            part = slice(start, start + len(texts))
-            bands[:, part] = hash_bands(sign(shingles, config.permutations, config.seed), banding)
-            kernels.add_up(shingles.hashes, shingles.offsets, fingerprints[part])
-            sizes[part] = np.diff(shingles.offsets)
-            start += len(texts)
-            advance(len(texts))
-    return _Scan(bands, fingerprints, sizes)
-
-
-def _batches(
-    rows: Iterable[Row], preambles: Preambles, survival: Survival | None = None
-) -> Iterator[tuple[list[str], list[int]]]:
-    """What is compared of each row and a hash of its tools (0 for none), in batches bounded by rows and characters."""
-    texts: list[str] = []
-    tools: list[int] = []
-    characters = 0
-    for place, row in enumerate(rows):
-        if survival is not None:
-            survival.add(place, row)
-        texts.append(text_of(row, preambles))
-        tools.append(0 if row.tools is None else xxhash.xxh3_64_intdigest(row.tools.encode("utf-8", "surrogatepass")))
-        characters += len(texts[-1])
-        if len(texts) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
-            yield texts, tools
-            texts, tools, characters = [], [], 0
-    if texts:
-        yield texts, tools
-
-
-def _told_apart(shingles: Shingles, tools: Sequence[int]) -> Shingles:
-    """Each text's shingles, hashed anew with its tools' hash: those of the same words under other tools differ.
-
-    Similarity under the same tools stays as it is. With tools, each text's hashes come back in ascending order.
-    """
-    if not any(tools):
-        return shingles
-    lengths = np.diff(shingles.offsets)
-    hashes = shingles.hashes ^ np.repeat(np.array(tools, np.uint64), lengths)
-    return Shingles(hashes[np.lexsort((hashes, np.repeat(np.arange(len(tools)), lengths)))], shingles.offsets)
-
-
-def _search(scan: _Scan, order: np.ndarray, load: LoadSets, threshold: float) -> _Search:
+def _search(scan: Scan, order: np.ndarray, load: LoadSets, threshold: float) -> _Search:
     """Compare what MinHash proposes. Rows of the very same shingles are settled first; one of each goes on."""
     sizes = scan.sizes[order]
     first, other = find_twins(scan.fingerprints[order])

@@ -15,13 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qlora_core.data.tags.tagger import KEY_BYTES
+from qlora_core.data.tags.tagger import KEY_BYTES, KEY_TYPE
 from qlora_core.digest import digest_bytes
 from qlora_core.errors import StoreError
 
 logger = logging.getLogger(__name__)
 
-KEY_TYPE = np.dtype(f"S{KEY_BYTES}")
 SUFFIX = ".parquet"
 _KEY_COLUMN = "row_key"
 _MANY_SEGMENTS = 8

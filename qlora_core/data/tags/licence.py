@@ -127,6 +127,7 @@ class LicenceTagger:
 
     name = "licence"
     cached = False
+    labels = ("licence", "generator")
     schema = SCHEMA
     fingerprint = fingerprint_of(name, _VERSION, SCHEMA, None)
 

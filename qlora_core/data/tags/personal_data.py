@@ -24,6 +24,7 @@ SCHEMA = pa.schema(
     ]
 )
 PERSONAL_DATA_VERSION = 1
+PACKAGES = ("presidio-analyzer", "phonenumbers", "tldextract")
 
 
 class Recogniser:
@@ -72,7 +73,7 @@ class PersonalDataTagger:
 
     def __init__(self, allow: Sequence[str] = ()) -> None:
         self._recogniser = Recogniser(allow)
-        versions = [version(package) for package in ("presidio-analyzer", "phonenumbers", "tldextract")]
+        versions = [version(package) for package in PACKAGES]
         self.fingerprint = fingerprint_of(
             self.name, PERSONAL_DATA_VERSION, SCHEMA, {"allow": sorted(set(allow)), "versions": versions}
         )

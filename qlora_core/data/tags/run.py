@@ -11,9 +11,9 @@ import pyarrow as pa
 
 from qlora_core.data.row import Row
 from qlora_core.data.row_store import RowStore, RowView
-from qlora_core.data.tags.cache import KEY_TYPE, TagCache
+from qlora_core.data.tags.cache import TagCache
 from qlora_core.data.tags.table import TagStats, TagTable
-from qlora_core.data.tags.tagger import Tagger, tag_key
+from qlora_core.data.tags.tagger import LabelTagger, Tagger, tag_keys
 from qlora_core.errors import ConfigError
 from qlora_core.progress import progress_bar
 
@@ -27,7 +27,7 @@ _KEPT_EVERY_S = 60.0
 
 @dataclass
 class _Task:
-    """One tagger's work. Texts that occur more than once (equal keys) are tagged once.
+    """One tagger's work. Texts that occur more than once (equal keys or labels) are tagged once.
 
     `first` (u texts) is the position of each text's first row, `inverse` (n rows) each row's text; `hit` (u) says which
     were in the cache, `missing` (m) which texts are tagged now, by position, and `done` how many of them already are.
@@ -53,8 +53,9 @@ def tag_rows(rows: Sequence[Row], taggers: Sequence[Tagger], cache: TagCache | N
     hold nulls, are counted in `stats`, and are not kept in the cache. Raises ConfigError for two taggers of one column.
     """
     _check_columns(taggers)
-    keys = _keys(rows) if any(tagger.cached for tagger in taggers) else None
-    tasks = [_task(tagger, keys if tagger.cached else None, len(rows), cache) for tagger in taggers]
+    keys = tag_keys(rows) if cache is not None and any(tagger.cached for tagger in taggers) else None
+    distinct = None if keys is None else np.unique(keys, return_index=True, return_inverse=True)
+    tasks = [_task(tagger, rows, distinct, cache) for tagger in taggers]
     needed = np.unique(np.concatenate([task.first[task.missing] for task in tasks])) if tasks else np.empty(0, np.int64)
     with progress_bar("Tagging", len(needed)) as advance:
         for start in range(0, len(needed), BATCH_ROWS):
@@ -84,24 +85,37 @@ def _check_columns(taggers: Sequence[Tagger]) -> None:
         )
 
 
-def _keys(rows: Sequence[Row]) -> np.ndarray:
-    data = bytearray()
-    for row in rows:
-        data += tag_key(row)
-    return np.frombuffer(bytes(data), dtype=KEY_TYPE) if data else np.empty(0, dtype=KEY_TYPE)
-
-
-def _task(tagger: Tagger, keys: np.ndarray | None, rows: int, cache: TagCache | None) -> _Task:
-    if keys is None:
-        unique, first, inverse = None, np.arange(rows), np.arange(rows)
+def _task(
+    tagger: Tagger, rows: Sequence[Row], distinct: tuple[np.ndarray, ...] | None, cache: TagCache | None
+) -> _Task:
+    if tagger.cached and distinct is not None:
+        unique, first, inverse = distinct
+    elif isinstance(tagger, LabelTagger):
+        unique, (first, inverse) = None, _by_labels(rows, tagger.labels)
     else:
-        unique, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        unique, first, inverse = None, np.arange(len(rows)), np.arange(len(rows))
     hit, found = np.zeros(len(first), dtype=bool), tagger.schema.empty_table()
     if cache is not None and unique is not None:
         hit, found = cache.lookup(tagger.fingerprint, tagger.schema, unique)
     missing = np.flatnonzero(~hit)
     missing = missing[np.argsort(first[missing], kind="stable")]
     return _Task(tagger, unique, first, inverse, hit, missing, [found], np.zeros(len(first), dtype=bool))
+
+
+def _by_labels(rows: Sequence[Row], labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The first row of each group of rows with the same labels, and each row's group."""
+    numbers = np.zeros(len(rows), np.int64)
+    for name in labels:
+        if isinstance(rows, RowStore | RowView):
+            column = rows.column(name).cast(pa.string())
+        else:
+            column = pa.chunked_array([pa.array([getattr(row, name) for row in rows], pa.string())])
+        codes = column.combine_chunks().dictionary_encode(null_encoding="encode")
+        numbers = numbers * (len(codes.dictionary) + 1) + codes.indices.to_numpy()
+        # Numbered anew, so that many labels do not exceed 64 bits
+        numbers = np.unique(numbers, return_inverse=True)[1]
+    _, first, inverse = np.unique(numbers, return_index=True, return_inverse=True)
+    return first, inverse
 
 
 def _rows_at(rows: Sequence[Row], positions: np.ndarray) -> list[Row]:
@@ -137,6 +151,8 @@ def _keep(task: _Task, cache: TagCache | None, *, at_once: bool) -> None:
 
 def _aligned(task: _Task) -> pa.Table:
     """The found and the made tags, each row's at its place."""
+    if len(task.missing) == len(task.inverse) and (np.diff(task.inverse) == 1).all():
+        return pa.concat_tables(task.parts)
     place = np.empty(len(task.first), dtype=np.int64)
     place[np.concatenate([np.flatnonzero(task.hit), task.missing])] = np.arange(len(task.first))
     return pa.concat_tables(task.parts).take(pa.array(place[task.inverse]))

@@ -5,15 +5,19 @@ A tagger only adds columns. What it cannot measure is null, never 0.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qlora_core.data.row import Row
+from qlora_core.data.row_store import RowStore, RowView
 from qlora_core.digest import digest_json
 
 KEY_BYTES = 16
+KEY_TYPE = np.dtype(f"S{KEY_BYTES}")
+_KEYS_AT_ONCE = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,18 @@ class Tagger(Protocol):
         ...
 
 
+@runtime_checkable
+class LabelTagger(Tagger, Protocol):
+    """A tagger that looks at nothing of a row but these of its fields, texts or None each, which few rows have for
+    themselves: rows that agree in them are tagged once.
+    """
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the fields."""
+        ...
+
+
 def fingerprint_of(name: str, version: int, schema: pa.Schema, settings: Any) -> str:
     """SHA-256 over a tagger's name, version, columns and settings (plain JSON data), 64 hex digits."""
     columns = [[field.name, str(field.type)] for field in schema]
@@ -69,6 +85,22 @@ def fingerprint_of(name: str, version: int, schema: pa.Schema, settings: Any) ->
 def tag_key(row: Row) -> bytes:
     """16 bytes that stand for all of a row's text: the first half of its id."""
     return bytes.fromhex(row.id[: 2 * KEY_BYTES])
+
+
+def tag_keys(rows: Sequence[Row]) -> np.ndarray:
+    """The `tag_key` of every row, S16, in their order; rows in Arrow are not made for it."""
+    if not isinstance(rows, RowStore | RowView):
+        return np.array([tag_key(row) for row in rows], KEY_TYPE)
+    data = bytearray()
+    for chunk in rows.column("id").chunks:
+        for start in range(0, len(chunk), _KEYS_AT_ONCE):
+            halves = pc.call_function(
+                "utf8_slice_codeunits",
+                [chunk.slice(start, _KEYS_AT_ONCE)],
+                pc.SliceOptions(0, 2 * KEY_BYTES),
+            )
+            data += bytes.fromhex("".join(halves.to_pylist()))
+    return np.frombuffer(bytes(data), KEY_TYPE)
 
 
 def texts_of(row: Row) -> Iterator[str]:

@@ -8,7 +8,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from qlora_core.adapters.adapter_folder import AdapterFolder
 from qlora_core.adapters.export import export_canonical, portability
+from qlora_core.adapters.low_rank import LowRank
 from qlora_core.errors import ConfigError, ModelError
 from qlora_core.model.adapter import verify_golden
 from qlora_core.model.base import load_quantized
@@ -29,6 +31,7 @@ def test_stock_peft_and_readers_of_alpha_over_r_compute_what_was_trained(
     name: str, nf4_folder: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     report = export_canonical(adapters[name], tmp_path / "out", base=nf4_folder)
+    assert 0 <= report["largest_logit_difference"] <= 1e-5
     answers = []
     for folder in (adapters[name], tmp_path / "out"):
         model = PeftModel.from_pretrained(load_quantized(nf4_folder, device="cpu"), str(folder)).eval()
@@ -100,6 +103,22 @@ def test_what_readers_would_drop_is_refused_by_name(
             export_canonical(folder, tmp_path / f"out_{name}")
         assert not (tmp_path / f"out_{name}").exists()
         assert not (tmp_path / f".out_{name}.staging").exists()
+
+
+def test_an_export_that_answers_otherwise_is_refused(
+    nf4_folder: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault is put where a wrong scale would come from: 1 % too much in every B."""
+    factors = AdapterFolder.factors
+
+    def too_large(adapter: AdapterFolder, module: str) -> LowRank:
+        right = factors(adapter, module)
+        return LowRank(right.a_ri, right.b_or * 1.01)
+
+    monkeypatch.setattr(AdapterFolder, "factors", too_large)
+    with pytest.raises(ModelError, match="answers other than"):
+        export_canonical(adapters["plain"], tmp_path / "out", base=nf4_folder)
+    assert not (tmp_path / "out").exists()
 
 
 def test_golden_logits_travel_without_a_base(nf4_folder: Path, adapters: dict[str, Path], tmp_path: Path) -> None:

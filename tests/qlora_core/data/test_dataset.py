@@ -10,11 +10,17 @@ import pytest
 from qlora_core.data.dataset import read_conversations, read_prompts, read_split
 from qlora_core.data.loss_mask import MaskedRow, TrainedTurn
 from qlora_core.data.row import Message, Row
+from qlora_core.data.row_store import rows_of
 from qlora_core.data.shards import shard_files
-from qlora_core.data.tables import SplitWriter
+from qlora_core.data.tables import SplitWriter, row_columns
 from qlora_core.errors import DataError
 
-READERS = {"read_split": read_split, "read_prompts": read_prompts, "read_conversations": read_conversations}
+
+def conversations(folder: Path, split: str) -> list[Row]:
+    return [row for batch in read_conversations(folder, split) for row in rows_of(batch)]
+
+
+READERS = {"read_split": read_split, "read_prompts": read_prompts, "read_conversations": conversations}
 
 
 def masked(number: int, answer: str = "answer") -> MaskedRow:
@@ -24,7 +30,7 @@ def masked(number: int, answer: str = "answer") -> MaskedRow:
         Message("user", "and?"),
         Message("assistant", answer, train=True),
     )
-    row = Row(f"{number:064x}", messages, "a", number, category="c", rejected="no", group_keys=("tree",))
+    row = Row(f"{number:064x}", messages, "a", number, category="c", rejected="no", group_keys=("tree",), tools='["a"]')
     return MaskedRow(row, [1, 2, 3 + number], [False, True, True], (TrainedTurn(3, f"prompt {number}", 1, 2),))
 
 
@@ -32,7 +38,7 @@ def masked(number: int, answer: str = "answer") -> MaskedRow:
 def folder(tmp_path: Path) -> Path:
     """Ten rows in four shards, ordered by id."""
     with SplitWriter(tmp_path, "train", 10, 3) as writer:
-        writer.write([masked(n) for n in range(10)])
+        writer.write(row_columns([masked(n) for n in range(10)]))
     return tmp_path
 
 
@@ -42,8 +48,8 @@ def test_all_shards_come_in_order(folder: Path) -> None:
     assert [row.id for row in read_split(folder, "train")] == ids
     assert [row.input_ids[2] for row in read_split(folder, "train")] == list(range(3, 13))
     assert [row.id for row in read_prompts(folder, "train")] == ids
-    assert [row.id for row in read_conversations(folder, "train")] == ids
-    assert len(read_conversations(folder, "train")) == 10
+    assert [row.id for row in conversations(folder, "train")] == ids
+    assert [(row.source, row.line) for row in conversations(folder, "train")] == [("train", n) for n in range(1, 11)]
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3, 4, 10, 99])
@@ -59,21 +65,21 @@ def test_prompt_holds_what_an_evaluation_needs(folder: Path) -> None:
 
 
 def test_conversation_comes_back_with_flags_groups_and_worse_answer(folder: Path) -> None:
-    conversations = read_conversations(folder, "train")
-    first = next(iter(conversations))
+    first = conversations(folder, "train")[0]
 
     assert first.messages == masked(0).row.messages
-    assert (first.group_keys, first.rejected) == (("tree",), "no")
-    assert list(conversations) == list(conversations)
+    assert (first.group_keys, first.rejected, first.tools) == (("tree",), "no", '["a"]')
 
 
 def test_conversations_take_the_memory_of_a_batch(tmp_path: Path) -> None:
     with SplitWriter(tmp_path, "test", 6000, 6000) as writer:
         for start in range(0, 6000, 1000):
-            writer.write([masked(n, f"{n} " * 300) for n in range(start, start + 1000)])
+            writer.write(row_columns([masked(n, f"{n} " * 300) for n in range(start, start + 1000)]))
 
     tracemalloc.start()
-    characters = sum(len(row.messages[3].content) for row in read_conversations(tmp_path, "test"))
+    characters = sum(
+        len(row.messages[3].content) for batch in read_conversations(tmp_path, "test") for row in rows_of(batch)
+    )
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from qlora_core.data import encodings
@@ -11,6 +12,7 @@ from qlora_core.data.encodings import PARTS, EncodedRows, Encoder
 from qlora_core.data.loss_mask import MaskedRow, encode_proven
 from qlora_core.data.row import Draft, Message, Row, make_row
 from qlora_core.data.row_store import RowStore, RowView
+from qlora_core.data.tables import ROW_SCHEMA, row_columns
 from qlora_core.data.tags.cache import FolderShelf, TagCache
 
 
@@ -25,15 +27,20 @@ def by_id(count: int) -> RowView:
     return RowStore(rows).select(np.arange(count))
 
 
-def encoded(encoder: Encoder, rows: RowView, whole: np.ndarray | None = None, size: int = 7) -> list[MaskedRow]:
-    """All rows through every part, in batches of `size`."""
+def encoded(encoder: Encoder, rows: RowView, whole: np.ndarray | None = None, size: int = 7) -> pa.Table:
+    """All rows through every part, in batches of `size`, as they are written."""
     everything = EncodedRows(encoder, rows, np.ones(len(rows), bool) if whole is None else whole)
-    found: list[MaskedRow] = []
+    found = [ROW_SCHEMA.empty_table()]
     for part, positions in enumerate(everything.parts(np.arange(len(rows)))):
         batches = [positions[start : start + size] for start in range(0, len(positions), size)]
         for batch in everything.encode(part, batches):
-            found += batch
-    return found
+            found.append(batch.table(batch.masked))
+    return pa.concat_tables(found)
+
+
+def anew(chat: ChatTokenizer, rows: RowView) -> pa.Table:
+    """What encoding every row gives."""
+    return row_columns(encode_proven(chat, list(rows)))
 
 
 @pytest.fixture(params=["plain_tokenizer", "chatml_tokenizer"])
@@ -61,7 +68,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_every_way_gives_what_encoding_anew_gives(folder: Path, chat: ChatTokenizer, tmp_path: Path) -> None:
     rows = by_id(90)
-    expected = encode_proven(chat, list(rows))
+    expected = anew(chat, rows)
     cache = TagCache(FolderShelf(tmp_path))
     assert encoded(Encoder(chat, folder), rows) == expected
     assert encoded(Encoder(chat, folder, cache), rows) == expected
@@ -74,7 +81,7 @@ def test_new_rows_alone_are_encoded(folder: Path, chat: ChatTokenizer, tmp_path:
     asked.clear()
     found = encoded(encoder, by_id(63))
     assert sorted(asked) == sorted(conversation(number).id for number in (60, 61, 62))
-    assert found == encode_proven(chat, list(by_id(63)))
+    assert found == anew(chat, by_id(63))
     asked.clear()
     encoded(encoder, by_id(63))
     assert asked == []
@@ -88,7 +95,7 @@ def test_cut_rows_are_neither_kept_nor_taken_for_the_whole_ones(
     cut = np.arange(20) % 2 == 0
     encoded(encoder, rows, ~cut)
     asked.clear()
-    assert encoded(encoder, rows, ~cut) == encode_proven(chat, list(rows))
+    assert encoded(encoder, rows, ~cut) == anew(chat, rows)
     assert sorted(asked) == sorted(row.id for row in rows.select(np.flatnonzero(cut)))
 
 
@@ -99,7 +106,7 @@ def test_another_template_finds_nothing(
     encoded(Encoder(load_chat_tokenizer(plain_tokenizer), plain_tokenizer, cache), rows)
     asked.clear()
     other = load_chat_tokenizer(chatml_tokenizer)
-    assert encoded(Encoder(other, chatml_tokenizer, cache), rows) == encode_proven(other, list(rows))
+    assert encoded(Encoder(other, chatml_tokenizer, cache), rows) == anew(other, rows)
     assert len(asked) == 10
 
 

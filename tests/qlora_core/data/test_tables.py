@@ -10,7 +10,7 @@ import pytest
 from qlora_core.data.ledger import Dropped
 from qlora_core.data.loss_mask import MaskedRow, TrainedTurn
 from qlora_core.data.row import Message, Row
-from qlora_core.data.tables import ROW_SCHEMA, SplitWriter, write_dropped
+from qlora_core.data.tables import ROW_SCHEMA, SplitWriter, row_columns, write_dropped
 from qlora_core.errors import DataError
 
 
@@ -37,7 +37,7 @@ def write(
     with SplitWriter(folder, "train", len(rows), shard_rows, {name: c.type for name, c in tags.items()}) as writer:
         for start in range(0, len(rows), batch):
             part = rows[start : start + batch]
-            writer.write(part, {name: column.slice(start, len(part)) for name, column in tags.items()})
+            writer.write(row_columns(part), {name: column.slice(start, len(part)) for name, column in tags.items()})
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
@@ -99,7 +99,7 @@ def test_writer_holds_no_more_than_a_row_group(tmp_path: Path) -> None:
 
     with SplitWriter(tmp_path, "train", 6000, 100_000) as writer:
         for turn in range(4):
-            writer.write([masked(turn * 1500 + n) for n in range(len(rows))])
+            writer.write(row_columns([masked(turn * 1500 + n) for n in range(len(rows))]))
             written = (tmp_path / "train-00000-of-00001.parquet").stat().st_size
             assert written > turn * 1000
             assert sum(len(table) for table in writer._waiting) < 1024
@@ -111,19 +111,19 @@ def test_rows_out_of_order_twice_or_not_announced_are_refused(tmp_path: Path) ->
             write(tmp_path, rows, 4, 1)
     announced = SplitWriter(tmp_path, "train", 2, 4)
     with pytest.raises(DataError, match="1 rows of train were written, 2 were announced"), announced as writer:
-        writer.write([masked(1)])
+        writer.write(row_columns([masked(1)]))
 
 
 def test_tags_that_do_not_belong_to_the_rows_are_refused(tmp_path: Path) -> None:
     for tags in ({}, {"other": pa.array([1.0])}, {"score": pa.array([1.0, 2.0])}):
         scored = SplitWriter(tmp_path, "train", 1, 4, {"score": pa.float64()})
         with pytest.raises(DataError, match=r"do not belong to 1 rows with tags \['score'\]"), scored as writer:
-            writer.write([masked(1)], tags)
+            writer.write(row_columns([masked(1)]), tags)
 
 
 def test_fault_of_the_caller_is_not_hidden_by_the_writer(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="mine"), SplitWriter(tmp_path, "train", 5000, 5000) as writer:
-        writer.write([masked(n) for n in range(2000)])
+        writer.write(row_columns([masked(n) for n in range(2000)]))
         raise KeyError("mine")
 
 

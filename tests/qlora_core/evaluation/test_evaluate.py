@@ -1,4 +1,5 @@
 import json
+import re
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,15 +16,17 @@ from qlora_core.config.quantize import QuantizeConfig
 from qlora_core.data.curate import curate
 from qlora_core.data.dataset import read_split
 from qlora_core.errors import EvaluationError, JudgeError, JudgeUnavailableError
+from qlora_core.evaluation.answer_book import read_answer_book
 from qlora_core.evaluation.evaluate import compare_adapters, evaluate_adapter, question_text, read_row_losses
 from qlora_core.evaluation.judge_cache import VerdictCache
+from qlora_core.evaluation.judge_prompt import is_verdict_like
 from qlora_core.evaluation.verdict import read_verdicts
 from qlora_core.evaluation.vote.ballots import BallotBox
 from qlora_core.evaluation.vote.pairs import read_pairs
 from qlora_core.model.base import load_quantized
 from qlora_core.model.perplexity import score_text_file
 from qlora_core.quantization.quantize import quantize_checkpoint
-from qlora_core.registry.gate import check
+from qlora_core.registry.gate.decide import check
 
 if TYPE_CHECKING:
     from conftest import JudgeServer
@@ -227,6 +230,7 @@ def test_item_table_gives_the_recorded_figures_again(inputs: Inputs, tmp_path: P
     assert prompts["id"] == [row["prompt_id"] for row in answers]
     assert prompts["after"]["matches"] == [row["adapter_matches"] for row in answers]
     assert prompts["before"]["words"] == [len(row["base"].split()) for row in answers]
+    assert prompts["before"]["verdict_like"] == [is_verdict_like(row["base"]) for row in answers]
     scores = [score for score in prompts["judge"] if score is not None]
     assert sum(scores) / len(scores) == pytest.approx(result["metrics"]["judge"]["win_rate"])
     assert set(prompts["human"]) == {None} and result["items"]["human_alpha"] is None
@@ -271,14 +275,69 @@ def test_compare_adapters_judged_gives_verdicts_against_the_reference(inputs: In
             curated_folder=inputs.curated,
             judged=judged,
             environment={},
+            out=out,
         )
 
+    out: Path | None = None
     itself = compare(inputs.adapter, judged=True)
+    assert not list(tmp_path.glob("reference_*"))
     assert (itself["judge"]["win_rate"], itself["judge"]["certified"]) == (0.5, False)  # equal answers are ties
     assert itself["items"]["prompts"]["judge"] == [0.5] * 6
     assert itself["items"]["rows"]["before"] == pytest.approx(itself["items"]["rows"]["after"], abs=1e-9)
     unasked = compare(inputs.other_adapter, judged=False)
     assert unasked["judge"] is None and unasked["behaviour"] is None
+    out = tmp_path / "compared"
+    out.mkdir()
+    compare(inputs.other_adapter, judged=True)
+    book = read_answer_book([str(tmp_path), f"champion={out / 'reference_answers.jsonl'}"])
+    assert sorted(book.answers) == ["adapter", "base", "champion"]
+    assert len(book.common) == 6
+    verdicts = read_verdicts(out / "reference_verdicts.jsonl")
+    assert {(row.model_a, row.model_b) for row in verdicts} == {("adapter", "reference")}
+
+
+def test_checks_of_the_config_judge_and_the_gate_holds_what_is_not_certified(inputs: Inputs, tmp_path: Path) -> None:
+    _evaluate(inputs, _config(judge={"kind": "none"}), tmp_path / "plain", environment={})
+    answers = [json.loads(line) for line in (tmp_path / "plain" / "answers.jsonl").read_text().splitlines()]
+    one, other = [row for row in answers if row["base"].strip() != row["adapter"].strip()][:2]
+    rows = [
+        {
+            "prompt_id": row["prompt_id"],
+            "check": {"kind": "regex", "pattern": re.escape(row["adapter"].strip()), "full": True},
+        }
+        for row in (one, other)
+    ]
+    checks = tmp_path / "checks.jsonl"
+    checks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = _config(judge={"kind": "checks", "checks": str(checks)})
+    result = _evaluate(inputs, config, tmp_path / "checked", environment={})
+    judge = result["metrics"]["judge"]
+    assert (judge["kind"], judge["model"], judge["certified"]) == ("checks", "offline:checks", False)
+    assert len(judge["fingerprint"]) == 64
+    said = {row.prompt_id: row.verdict for row in read_verdicts(tmp_path / "checked" / "verdicts.jsonl")}
+    assert said[one["prompt_id"]] == "a"
+    unchecked = [row for row in read_verdicts(tmp_path / "checked" / "verdicts.jsonl") if not row.scored]
+    assert {(row.reason or "").split(":")[0] for row in unchecked} <= {"no_check"}
+    policy = GateConfig.model_validate({"min_rows": 2, "judge": "require", "max_unscored_share": 1.0})
+    (held,) = [found for found in check(result, None, policy) if found.check == "judge"]
+    assert held.verdict == "HOLD" and "not certified" in held.sentence
+    checks.write_text(json.dumps({"prompt_id": "nowhere", "check": {"kind": "regex", "pattern": "x"}}) + "\n")
+    with pytest.raises(EvaluationError, match="a check for none of the 6 prompts"):
+        _evaluate(inputs, config, tmp_path / "none", environment={})
+
+
+def test_reference_mode_shows_each_prompts_reference_to_the_endpoint(
+    inputs: Inputs, tmp_path: Path, judge_server: "JudgeServer"
+) -> None:
+    judge = {"kind": "openai", "mode": "reference", "base_url": judge_server.url, "model": "judge-1",
+             "input_usd_per_million": 2, "output_usd_per_million": 8}  # fmt: skip
+    result = _evaluate(inputs, _config(judge=judge), tmp_path, environment={})
+    assert result["metrics"]["judge"]["unscored"] == 0
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    asked = [request["messages"][-1]["content"] for request in judge_server.requests]
+    assert asked
+    assert all("<<<REFERENCE" in text for text in asked)
+    assert any(f">>>\n{answers[0]['reference']}\n<<<END REFERENCE" in text for text in asked)
 
 
 def test_votes_count_for_the_answers_they_were_cast_on(inputs: Inputs, tmp_path: Path) -> None:
@@ -297,6 +356,11 @@ def test_votes_count_for_the_answers_they_were_cast_on(inputs: Inputs, tmp_path:
     voted = dict(zip(prompts["id"], prompts["human"], strict=True))
     assert [voted[pair.prompt_id] for pair in pairs[1:]] == [1.0] * (len(pairs) - 1)
     assert voted[pairs[0].prompt_id] is None
+    votes = read_verdicts(tmp_path / "second" / "votes.jsonl")
+    assert {row.prompt_id for row in votes} == {pair.prompt_id for pair in pairs[1:]}
+    assert {(row.model_a, row.model_b, row.verdict, row.judge) for row in votes} == {
+        ("adapter", "base", "a", "human:ann")
+    }
     with pytest.raises(EvaluationError, match=r"votes\.sqlite"):
         _evaluate(inputs, _config(votes=str(tmp_path / "none")), tmp_path / "third", environment={})
 

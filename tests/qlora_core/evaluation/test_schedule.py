@@ -1,4 +1,5 @@
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from qlora_core.errors import EvaluationError
-from qlora_core.evaluation.schedule import next_pairs, play, standing
+from qlora_core.evaluation.schedule import Duel, next_pairs, play, standing
 from qlora_core.evaluation.verdict import Verdict
 
 
@@ -40,7 +41,21 @@ def test_standing_is_none_until_every_model_is_compared() -> None:
     rows = _rows({("x", "y"): "ab"}, 20)
     assert standing(rows, ["x", "y", "z"]) is None
     assert standing([], ["x", "y"]) is None
-    assert standing(_rows({("x", "y"): "a"}, 20), ["x", "y"]) is None  # y never won: no finite distance
+    apart = _rows({("x", "y"): "ab", ("v", "w"): "ab"}, 20)
+    assert standing(apart, ["v", "w", "x", "y"]) is None  # two fields without a common scale
+
+
+def test_standing_of_a_model_that_never_won_is_finite_and_settled_by_enough_prompts() -> None:
+    now = standing(_rows({("x", "y"): "a"}, 40), ["x", "y"])
+    assert now is not None
+    assert (now.leader, now.settled) == ("x", True)
+    assert 2 < now.behind["y"] < 20
+    # The base that loses to all must not keep the others from being told apart
+    rows = _rows({("x", "y"): "aabab", ("base", "x"): "b", ("base", "y"): "b"}, 40)
+    now = standing(rows, ["base", "x", "y"])
+    assert now is not None
+    assert now.leader == "x"
+    assert set(next_pairs(rows, ["base", "x", "y"], 5)) == {("x", "y")}
 
 
 def test_next_pairs_go_to_the_leader_and_its_nearest_rival() -> None:
@@ -58,12 +73,13 @@ def test_next_pairs_go_to_the_leader_and_its_nearest_rival() -> None:
 def test_play_stops_when_prompts_run_out_and_meets_each_once() -> None:
     met: list[tuple[str, str, str]] = []
 
-    def judge(a: str, b: str, prompt: str) -> list[Verdict]:
-        met.append((a, b, prompt))
-        return _rows({(a, b): "ab"}, 1)
+    def judge(duels: Sequence[Duel]) -> list[Verdict]:
+        met.extend(duels)
+        return [row for a, b, _ in duels for row in _rows({(a, b): "ab"}, 1)]
 
     played = play(["x", "y", "z"], [f"p{i}" for i in range(6)], judge)
     assert played.standing is None or not played.standing.settled
+    assert played.ended == "no prompts left"
     assert len(met) == len(set(met)) <= 18
     assert played.calls == 2 * len(met)
 

@@ -122,6 +122,51 @@ def test_rows_that_are_kept_keep_their_adapters(shared_model: PreTrainedModel, n
     torch.testing.assert_close(rest, whole[[1, 3]], atol=1e-5, rtol=1e-5)
 
 
+def test_adapters_that_come_and_go_leave_the_others_as_in_a_set_of_their_own(
+    model: PreTrainedModel, named: list[NamedAdapter]
+) -> None:
+    folders = dict(named)
+    rows = ["plain", "wide", None, "one_layer"]
+    with attached_adapters(model, [each for each in named if each.name in rows]) as fresh, fresh.rows(rows):
+        expected = logits(model)
+    with attached_adapters(model, named[:2]) as adapters:  # plain, rs
+        for name in ("wide", "patterns", "one_layer"):
+            adapters.add(NamedAdapter(name, folders[name]))
+        adapters.drop("rs")
+        adapters.drop("patterns")
+        assert set(adapters.names) == {"plain", "wide", "one_layer"}
+        with adapters.rows(rows):
+            torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+            for change in (lambda: adapters.drop("plain"), lambda: adapters.add(named[1])):
+                with pytest.raises(ModelError, match="between batches"):
+                    change()
+        with pytest.raises(ModelError, match="no adapter is named 'rs'"), adapters.rows(["rs"] * 4):
+            pass
+        for name in adapters.names:
+            adapters.drop(name)
+        assert not any(module._forward_hooks for module in model.modules())  # the base's own again
+        adapters.add(NamedAdapter("again", folders["plain"]))
+        with adapters.rows(["again", None, None, None]):
+            torch.testing.assert_close(logits(model)[0], expected[0], atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_that_is_refused_leaves_the_set_as_it_was(
+    shared_model: PreTrainedModel, named: list[NamedAdapter], write_adapter: WriteAdapter
+) -> None:
+    bad = NamedAdapter("bad", write_adapter("bad"))
+    edit_tensors(bad.folder, lambda tensors: tensors[SOME_B].fill_(math.nan))
+    with attached_adapters(shared_model, named[:2]) as adapters:
+        with adapters.rows(["rs"] * 4):
+            before = logits(shared_model)
+        with pytest.raises(ModelError, match="holds NaN"):
+            adapters.add(bad)
+        with pytest.raises(ModelError, match="'rs' is given twice"):
+            adapters.add(named[1])
+        assert adapters.names == ("plain", "rs")
+        with adapters.rows(["rs"] * 4):
+            assert torch.equal(logits(shared_model), before)
+
+
 def test_names_that_cannot_be_are_refused(shared_model: PreTrainedModel, named: list[NamedAdapter]) -> None:
     with pytest.raises(ModelError, match="no adapter was given"), attached_adapters(shared_model, []):
         pass

@@ -79,6 +79,7 @@ FIELDS: dict[str, tuple[Any, str | None]] = {
     "quantize.max_shard_bytes": (1_000_000_000, "quantize"),
     "quantize.quality_text": ("text.txt", "quantize"),
     "train.start_from": ("start", "sweep"),
+    "train.start_as": ("parent", "sweep"),
     "train.lora_rank": (8, "sweep"),
     "train.lora_alpha": (32.0, "sweep"),
     "train.lora_dropout": (0.0, "sweep"),
@@ -152,6 +153,7 @@ FIELDS: dict[str, tuple[Any, str | None]] = {
     "evaluate.judge.batch_poll_s": (1.0, None),
     "evaluate.judge.calls_in_flight": (2, None),
     "evaluate.judge.certificate": ("text.txt", "evaluate"),
+    "evaluate.judge.checks": ("text.txt", "evaluate"),
     "evaluate.judge.base_url": ("http://localhost:1/v1", None),
     "evaluate.judge.temperature": (0.0, None),
     "evaluate.judge.max_answer_tokens": (99, None),
@@ -226,7 +228,9 @@ AFTER = {
 TOGETHER = {
     "store.kms_key_id": ["store.encryption=aws:kms"],
     "evaluate.judge.rubric": ["evaluate.judge.mode=rubric"],
+    "evaluate.judge.checks": ["evaluate.judge.kind=checks"],
     "train.start_from": ["gate.slices.by=category"],
+    "train.start_as": ["gate.slices.by=category", "train.start_from=start"],
     "gate.shadow.period_s": ["gate.shadow.prompts=asked.jsonl"],
     "gate.primary.rule": ["gate.primary.margin=0.1"],
     "gate.primary.margin": ["gate.primary.rule=non_inferiority"],
@@ -291,6 +295,16 @@ def test_field_reruns_its_stages_and_no_others(filled: Path, field: str) -> None
     assert changed != load_config(filled), "the other value is the one the config has: nothing would be tested"
     expected = AFTER["curate"] | AFTER["quantize"] if field in BOTH else AFTER[first]
     assert stale(changed) == expected
+
+
+def test_a_parent_and_a_start_give_different_sweeps(filled: Path) -> None:
+    def sweep_key(way: str) -> str | None:
+        wanted = ["gate.slices.by=category", "train.start_from=start", f"train.start_as={way}"]
+        (planned,) = (each for each in Pipeline(load_config(filled, wanted)).plan() if each.name == "sweep")
+        return planned.key.key if planned.key is not None else None
+
+    keys = {way: sweep_key(way) for way in ("weights", "parent")}
+    assert all(keys.values()) and keys["weights"] != keys["parent"]
 
 
 def test_unchanged_config_reruns_nothing(filled: Path) -> None:

@@ -75,6 +75,8 @@ def test_without_a_champion_training_begins_from_scratch_and_no_registry_is_made
     wanted = config(folder, "train.start_from=champion", SLICES)
     assert find_start(wanted) is None
     assert pin_start(wanted).train.start_from is None
+    over = pin_start(config(folder, "train.start_from=champion", "train.start_as=parent", SLICES))
+    assert (over.train.start_from, over.train.start_as) == (None, "weights")
     assert not (folder / ".qlora" / "mlflow.db").exists()
 
 
@@ -88,6 +90,17 @@ def test_champion_is_pinned_for_the_run_whoever_is_promoted_meanwhile(folder: Pa
     assert start is not None and start.quantized_base_digest == "b" * 64
     assert start.adapter_sha256 == adapter_sha256(folder / "adapter-1") == adapter_sha256(start.folder)
     assert pin_start(wanted).train.start_from == "models:/assistant/2"
+
+
+def test_a_parent_must_be_named_and_is_the_same_for_all_trials(folder: Path) -> None:
+    for overrides, said in (
+        (["train.start_as=parent"], "needs start_from"),
+        (["train.start_as=parent", "train.start_from=champion", "train.use_dora=true"], "could not be fused"),
+        (["sweep.space={start_as: [weights, parent]}"], "begin alike"),
+        (["sweep.space={start_from: [a, b]}"], "begin alike"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            config(folder, *overrides, SLICES)
 
 
 def test_folder_is_an_input_by_its_content(folder: Path) -> None:

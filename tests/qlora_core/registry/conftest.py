@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from qlora_core.config.gate import GateConfig
 from qlora_core.registry.connection import connect, find_or_create_experiment, registry_lock
 from qlora_core.registry.evidence import evidence_for, write_evidence
-from qlora_core.registry.gate import decide
+from qlora_core.registry.gate.decide import decide
 from qlora_core.registry.load_check import LOAD_CHECK_TAG, PASSED
 from qlora_core.registry.tracking import SweepRecord, log_sweep
 from qlora_core.registry.versions import RegisteredVersion, get_version, register_adapter, set_version_tag

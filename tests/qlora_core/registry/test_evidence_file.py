@@ -13,7 +13,7 @@ from flows.cli.app import app
 from qlora_core.config.gate import GateConfig
 from qlora_core.errors import RegistryError
 from qlora_core.registry.evidence import decide_again, read_evidence_file
-from qlora_core.registry.gate import minimum_detectable_gain
+from qlora_core.registry.gate.decide import minimum_detectable_gain
 from qlora_core.registry.versions import RegisteredVersion
 
 

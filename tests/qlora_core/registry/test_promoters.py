@@ -14,7 +14,7 @@ from qlora_core.config.gate import GateConfig
 from qlora_core.registry.aliases import alias_version
 from qlora_core.registry.connection import registry_lock
 from qlora_core.registry.evidence import evidence_for, write_evidence
-from qlora_core.registry.gate import decide
+from qlora_core.registry.gate.decide import decide
 from qlora_core.registry.history import read_moves
 from qlora_core.registry.load_check import LOAD_CHECK_TAG, PASSED
 from qlora_core.registry.promotion import promote, read_history, rollback

@@ -21,7 +21,7 @@ from qlora_core.model.adapter import Golden, golden_logits, write_golden
 from qlora_core.model.base import load_quantized
 from qlora_core.quantization.quantize import quantize_checkpoint
 from qlora_core.registry.aliases import alias_version
-from qlora_core.registry.gate import decide
+from qlora_core.registry.gate.decide import decide
 from qlora_core.registry.load_check import LOAD_CHECK_TAG, PASSED, check_in_this_process
 from qlora_core.registry.promotion import promote
 from qlora_core.registry.register import RegistrationRequest, register_run

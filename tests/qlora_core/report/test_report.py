@@ -11,7 +11,10 @@ import pytest
 from qlora_core.errors import EvaluationError
 from qlora_core.report.report import write_report
 
-SECTIONS = ("verdict", "summary", "evaluation", "answers", "curation", "sweep", "quantization", "lineage", "config")
+SECTIONS = (
+    "verdict", "summary", "evaluation", "slices", "disagreements", "answers", "curation", "sweep", "quantization",
+    "lineage", "config",
+)  # fmt: skip
 ATTACK = "<script>alert('x')</script>"
 
 
@@ -221,6 +224,9 @@ def test_text_from_data_is_escaped_everywhere(tmp_path: Path, run: dict[str, Any
     html = page(tmp_path, run)
     assert "<script" not in html
     assert html.count("&lt;script&gt;alert(") >= 11
+    beside = (tmp_path / "disagreements.html").read_text(encoding="utf-8")
+    assert "<script" not in beside
+    assert "The judge against itself" in beside
 
 
 @pytest.mark.parametrize("verdict", ["PROMOTE", "HOLD", "REJECT", "INVALID"])

@@ -19,7 +19,8 @@ from qlora_core.config.quantize import QuantizeConfig
 from qlora_core.demo.tokenizer import train_tokenizer
 from qlora_core.model.base import load_quantized
 from qlora_core.quantization.quantize import quantize_checkpoint
-from qlora_core.serving.served import AdapterSource, Served, base_digest, open_served
+from qlora_core.serving.admission import AdapterSource, base_digest
+from qlora_core.serving.served import Served, open_served
 from qlora_core.serving.server import Limits, ModelServer, open_model_server
 
 POSITIONS = 256

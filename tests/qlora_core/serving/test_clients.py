@@ -21,8 +21,9 @@ from qlora_core.evaluation.judge_client import Failure, JudgeClient, Reply
 from qlora_core.evaluation.judge_openai import open_openai_judge
 from qlora_core.evaluation.pairwise import AnswerPair, judge_pairs
 from qlora_core.registry.model_address import present_aliases, resolve_address
+from qlora_core.serving.admission import AdapterSource
 from qlora_core.serving.client import ChatClient
-from qlora_core.serving.served import AdapterSource, Served, open_served
+from qlora_core.serving.served import Served, open_served
 from qlora_core.serving.server import ModelServer, open_model_server
 from qlora_core.serving.terminal import Conversation
 

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_core.config.curation import NearDuplicatesConfig
-from qlora_core.data.near_duplicates.find import NearDuplicates, drop_near_duplicates, text_of
+from qlora_core.data.near_duplicates.find import NearDuplicates, drop_near_duplicates
+from qlora_core.data.near_duplicates.scan import text_of
 from qlora_core.data.row import Draft, Message, Row, make_row
 from qlora_core.data.row_store import RowStore
 from qlora_core.data.text_form import folded

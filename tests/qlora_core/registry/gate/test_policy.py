@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from scipy import stats
 
 from qlora_core.config.gate import GateConfig
-from qlora_core.registry.gate import check, decide, minimum_detectable_gain
-from qlora_core.registry.gate_items import fixed_estimate, mean_and_error, read_items
-from qlora_core.registry.gate_slices import holm_rejected
+from qlora_core.registry.gate.decide import check, decide, minimum_detectable_gain
+from qlora_core.registry.gate.items import fixed_estimate, mean_and_error, read_items
+from qlora_core.registry.gate.slices import holm_rejected
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gate_evidence import answers, columns, evaluation, prompts_table, rows_table, scattered

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_core.config.gate import GateConfig
-from qlora_core.registry.gate import check, decide
+from qlora_core.registry.gate.decide import check, decide
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gate_evidence import answers, evaluation, prompts_table, scattered

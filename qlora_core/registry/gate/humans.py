@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from qlora_core.config.gate import GateConfig
 from qlora_core.evaluation.paired import paired_difference
 from qlora_core.evaluation.prediction_powered import prediction_powered_mean
-from qlora_core.registry.gate_findings import Finding, UnusableEvidenceError
-from qlora_core.registry.gate_items import RESAMPLES, Estimate, detectable, normal_error
+from qlora_core.registry.gate.findings import Finding, UnusableEvidenceError
+from qlora_core.registry.gate.items import RESAMPLES, Estimate, detectable, normal_error
 
 _LEAST = 2
 _CHECK = "humans"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_core.config.gate import GateConfig
-from qlora_core.registry.gate_findings import Finding, UnusableEvidenceError, interval, number, section
-from qlora_core.registry.gate_humans import joined_estimate
-from qlora_core.registry.gate_items import (
+from qlora_core.registry.gate.findings import Finding, UnusableEvidenceError, interval, number, section
+from qlora_core.registry.gate.humans import joined_estimate
+from qlora_core.registry.gate.items import (
     Estimate,
     Metric,
     always_valid_estimate,

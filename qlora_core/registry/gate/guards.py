@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qlora_core.config.gate import GateConfig, GuardsConfig
-from qlora_core.registry.gate_findings import Finding, UnusableEvidenceError, number, section
-from qlora_core.registry.gate_primary import Comparison
+from qlora_core.registry.gate.findings import Finding, UnusableEvidenceError, number, section
+from qlora_core.registry.gate.primary import Comparison
 
 _CHECK = "guards"
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 from qlora_core.evaluation.bootstrap import ratio_interval
 from qlora_core.evaluation.sequential import confidence_sequence
-from qlora_core.registry.gate_findings import UnusableEvidenceError
+from qlora_core.registry.gate.findings import UnusableEvidenceError
 
 Metric = Literal["loss", "exact_match", "judge"]
 

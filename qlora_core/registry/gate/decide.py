@@ -1,7 +1,7 @@
-"""The promotion gate: evidence and a policy in, a verdict with its reasons out.
+"""The decision: all checks of the gate on one candidate's evidence, and the severest of their verdicts.
 
 Pure arithmetic on figures already measured: it knows nothing of MLflow, models, or how the figures came about, so that
-any decision can be made again later from the recorded evidence. The checks are in the `gate_*` modules.
+any decision can be made again later from the recorded evidence. The checks are in the modules beside this one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_core.config.gate import GateConfig
-from qlora_core.registry.gate_findings import Finding, UnusableEvidenceError, Verdict, interval, number, section
-from qlora_core.registry.gate_guards import guard_findings
-from qlora_core.registry.gate_judge import agreement_finding, primary_judge_findings
-from qlora_core.registry.gate_primary import Comparison, primary_estimate, primary_finding
-from qlora_core.registry.gate_slices import slice_findings
+from qlora_core.registry.gate.findings import Finding, UnusableEvidenceError, Verdict, interval, number, section
+from qlora_core.registry.gate.guards import guard_findings
+from qlora_core.registry.gate.judge import agreement_finding, primary_judge_findings
+from qlora_core.registry.gate.primary import Comparison, primary_estimate, primary_finding
+from qlora_core.registry.gate.slices import slice_findings
 
 _SEVERITY: tuple[Verdict, ...] = ("INVALID", "REJECT", "HOLD", "PROMOTE")
 

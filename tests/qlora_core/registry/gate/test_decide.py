@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_core.config.gate import GateConfig
-from qlora_core.registry.gate import decide
+from qlora_core.registry.gate.decide import decide
 
 EXACT = {"prompts": 50, "base": 0.2, "adapter": 0.6, "difference": 0.4, "low": 0.3, "high": 0.5}
 JUDGE = {
@@ -140,6 +140,6 @@ def test_required_judge_missing_is_invalid_and_ignored_judge_is_not_read() -> No
 
 
 def test_gate_imports_neither_mlflow_nor_torch() -> None:
-    code = "import sys, qlora_core.registry.gate as g; print([m for m in ('mlflow', 'torch') if m in sys.modules])"
+    code = "import sys, qlora_core.registry.gate.decide; print([m for m in ('mlflow', 'torch') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from scipy import stats
 
 from qlora_core.config.gate import GateConfig
-from qlora_core.registry.gate_findings import Finding
-from qlora_core.registry.gate_items import (
+from qlora_core.registry.gate.findings import Finding
+from qlora_core.registry.gate.items import (
     POWER,
     UNLABELLED,
     PairedItems,
@@ -21,7 +21,7 @@ from qlora_core.registry.gate_items import (
     mean_and_error,
     read_items,
 )
-from qlora_core.registry.gate_primary import Comparison, alpha_of
+from qlora_core.registry.gate.primary import Comparison, alpha_of
 
 _CHECK = "slices"
 

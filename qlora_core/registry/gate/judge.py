@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qlora_core.config.gate import GateConfig
-from qlora_core.registry.gate_findings import Finding, UnusableEvidenceError, interval, number
-from qlora_core.registry.gate_humans import human_findings, votes_used
-from qlora_core.registry.gate_primary import Comparison
+from qlora_core.registry.gate.findings import Finding, UnusableEvidenceError, interval, number
+from qlora_core.registry.gate.humans import human_findings, votes_used
+from qlora_core.registry.gate.primary import Comparison
 
 _CHECK = "judge"
 _IDENTITY = ("fingerprint", "snapshot")
