@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from qlora_core.config.gate import GateConfig
-from qlora_core.evaluation.sequential import confidence_sequence
+from qlora_core.evaluation.statistics.sequential import confidence_sequence
 from qlora_core.registry.gate.decide import decide
 
 VERDICTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "human" / "pandalm" / "testset-v1.json"

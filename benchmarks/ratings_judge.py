@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_core.config.evaluate import JudgeConfig
-from qlora_core.evaluation.judge_cache import VerdictCache
-from qlora_core.evaluation.judge_openai import open_openai_judge
+from qlora_core.evaluation.judge.cache import VerdictCache
+from qlora_core.evaluation.judge.endpoint import open_openai_judge
 from qlora_core.evaluation.pairwise import Question
 
 CALLS = 200

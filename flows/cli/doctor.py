@@ -115,18 +115,18 @@ def _mlflow(config: PipelineConfig) -> str:
 
 
 def _judge(config: PipelineConfig) -> str:
-    from qlora_core.evaluation.judge_client import resolve_kind
+    from qlora_core.evaluation.judge.client import resolve_kind
 
     judge = config.evaluate.judge
     kind = resolve_kind(judge, os.environ)
     if kind == "openai":
-        from qlora_core.evaluation.judge_openai import open_openai_judge
+        from qlora_core.evaluation.judge.endpoint import open_openai_judge
 
         with open_openai_judge(judge, os.environ, None) as client:
             client.check()
         return f"{judge.model} at {judge.base_url or 'OpenAI'}: answers"
     if kind == "checks":
-        from qlora_core.evaluation.check_file import read_check_rows
+        from qlora_core.evaluation.judge.check_file import read_check_rows
 
         rows = read_check_rows(config.path(judge.checks or ""))
         return f"{len(rows)} programmatic checks: uncertified"

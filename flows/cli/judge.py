@@ -9,8 +9,8 @@ import typer
 from flows.cli.reporting import JsonOption, Report, SetOption, reporting
 
 if TYPE_CHECKING:
-    from qlora_core.evaluation.certificate import Certificate
-    from qlora_core.evaluation.gold_pairs import GoldPair
+    from qlora_core.evaluation.judge.certificate import Certificate
+    from qlora_core.evaluation.judge.gold_pairs import GoldPair
 
 app = typer.Typer(no_args_is_help=True, help="Measure judges before trusting them.")
 
@@ -50,7 +50,7 @@ def certify(
     """
     with reporting(json) as report:
         from qlora_core.errors import ConfigError
-        from qlora_core.evaluation.gold_pairs import read_gold
+        from qlora_core.evaluation.judge.gold_pairs import read_gold
 
         if sum(source is not None for source in (config, recorded, model)) != 1:
             raise ConfigError("name one judge: a pipeline config, --recorded FILE, or --model FOLDER")
@@ -67,11 +67,11 @@ def certify(
 def _certify_endpoint(path: Path, overrides: list[str], pairs: list["GoldPair"], least: float) -> "Certificate":
     from qlora_core.config.load import load_config
     from qlora_core.errors import ConfigError
-    from qlora_core.evaluation.certificate import Limits
-    from qlora_core.evaluation.judge_cache import VerdictCache
-    from qlora_core.evaluation.judge_client import resolve_kind
-    from qlora_core.evaluation.judge_gym import certify as run
-    from qlora_core.evaluation.judge_openai import open_openai_judge
+    from qlora_core.evaluation.judge.cache import VerdictCache
+    from qlora_core.evaluation.judge.certificate import Limits
+    from qlora_core.evaluation.judge.client import resolve_kind
+    from qlora_core.evaluation.judge.endpoint import open_openai_judge
+    from qlora_core.evaluation.judge.gym import certify as run
     from qlora_core.progress import progress_bar
 
     config = load_config(path, overrides)
@@ -89,9 +89,9 @@ def _certify_endpoint(path: Path, overrides: list[str], pairs: list["GoldPair"],
 
 
 def _certify_recorded(path: Path, pairs: list["GoldPair"], least: float) -> "Certificate":
-    from qlora_core.evaluation.certificate import Limits
-    from qlora_core.evaluation.gold_pairs import recorded_llmbar
-    from qlora_core.evaluation.judge_gym import certify as run
+    from qlora_core.evaluation.judge.certificate import Limits
+    from qlora_core.evaluation.judge.gold_pairs import recorded_llmbar
+    from qlora_core.evaluation.judge.gym import certify as run
 
     limits = Limits(min_accuracy=least, min_injection_resistance=None)
     return run(recorded_llmbar(path), pairs, limits=limits, advance=lambda amount: None, injections=False)
@@ -101,9 +101,9 @@ def _certify_local(folder: Path, pairs: list["GoldPair"], least: float) -> "Cert
     from transformers import AutoTokenizer
 
     from qlora_core.digest import digest_files
-    from qlora_core.evaluation.certificate import Limits
-    from qlora_core.evaluation.judge_gym import certify as run
-    from qlora_core.evaluation.judge_offline import LogProbJudge
+    from qlora_core.evaluation.judge.certificate import Limits
+    from qlora_core.evaluation.judge.gym import certify as run
+    from qlora_core.evaluation.judge.offline import LogProbJudge
     from qlora_core.model.base import load_plain
     from qlora_core.progress import progress_bar
 
@@ -116,7 +116,7 @@ def _certify_local(folder: Path, pairs: list["GoldPair"], least: float) -> "Cert
 
 
 def _tell(report: Report, certificate: "Certificate", out: Path | None) -> None:
-    from qlora_core.evaluation.certificate import write_certificate
+    from qlora_core.evaluation.judge.certificate import write_certificate
 
     if out is not None:
         write_certificate(out, certificate)

@@ -107,7 +107,7 @@ def _write_page(
     certificate: Path | None,
 ) -> None:
     from qlora_core.evaluation.answer_book import read_answer_book
-    from qlora_core.evaluation.certificate import read_certificate
+    from qlora_core.evaluation.judge.certificate import read_certificate
     from qlora_core.evaluation.tournament_summary import summarise_tournament
     from qlora_core.report.tournament_page import tournament_page
 
@@ -152,8 +152,8 @@ def agreement(
       qlora agreement labels.jsonl --json
     """
     with reporting(json) as report:
-        from qlora_core.evaluation.agreement import agreement as measure
-        from qlora_core.evaluation.agreement import read_labels
+        from qlora_core.evaluation.statistics.agreement import agreement as measure
+        from qlora_core.evaluation.statistics.agreement import read_labels
 
         measured = measure(read_labels(labels))
         report.data = measured

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from qlora_core.adapters.deltas import LayerDelta, delta_norm, projection
 from qlora_core.config.merge import MergeConfig
 from qlora_core.errors import ModelError
-from qlora_core.evaluation.bootstrap import ratio_interval
+from qlora_core.evaluation.statistics.bootstrap import ratio_interval
 from qlora_core.model.adapter_set import AdapterSet
 
 _TOKENS_AT_ONCE = 256

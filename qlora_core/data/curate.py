@@ -109,8 +109,10 @@ def curate(
     remaining.keep(*decide(remaining.rows, remaining.tags, config.policy))
     contamination = decontaminate(remaining.rows, items, config.decontaminate)
     remaining.keep(contamination.kept, contamination.dropped)
+    # Rows that were cut keep the id of the whole text
+    whole = remaining.numbers("tokens") <= limit
     near = drop_near_duplicates(
-        remaining.rows, source_order, config.near_duplicates, earlier=earlier_ids, cache=tag_cache
+        remaining.rows, source_order, config.near_duplicates, None, earlier_ids, cache=tag_cache, by_content=whole
     )
     stay = np.sort(near.kept)
     remaining.keep(stay, near.dropped)

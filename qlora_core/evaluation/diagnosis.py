@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_core.evaluation.bootstrap import ratio_interval
+from qlora_core.evaluation.statistics.bootstrap import ratio_interval
 
 BY = ("category", "language")
 MIN_ROWS = 5

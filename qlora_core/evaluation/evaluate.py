@@ -35,10 +35,10 @@ from qlora_core.evaluation.exact_match import compare_matches, matches
 from qlora_core.evaluation.heldout import RowLoss, compare_losses
 from qlora_core.evaluation.human_votes import HumanScores, human_scores
 from qlora_core.evaluation.item_table import Answered, item_table, judge_scores
-from qlora_core.evaluation.judge_cache import VerdictCache
-from qlora_core.evaluation.judge_choice import ChosenJudge, open_judge
-from qlora_core.evaluation.judge_client import resolve_kind
-from qlora_core.evaluation.judge_offline import LogProbJudge
+from qlora_core.evaluation.judge.cache import VerdictCache
+from qlora_core.evaluation.judge.choice import ChosenJudge, open_judge
+from qlora_core.evaluation.judge.client import resolve_kind
+from qlora_core.evaluation.judge.offline import LogProbJudge
 from qlora_core.evaluation.outage import check_outage
 from qlora_core.evaluation.pairwise import AnswerPair, judge_pairs
 from qlora_core.evaluation.tournament import rate

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_core.evaluation.bootstrap import ratio_interval
+from qlora_core.evaluation.statistics.bootstrap import ratio_interval
 
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
 FINAL_ANSWER = re.compile(r"####\s*\$?\s*([-+]?\d[\d,]*(?:\.\d+)?)")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qlora_core.errors import EvaluationError
-from qlora_core.evaluation.bootstrap import ratio_interval
+from qlora_core.evaluation.statistics.bootstrap import ratio_interval
 
 
 class RowLoss(NamedTuple):

@@ -12,7 +12,7 @@ from qlora_core.data.dataset import PromptRow, RowLabels
 from qlora_core.evaluation.answer_checks import is_degenerate, is_refusal, keeps_form, word_count
 from qlora_core.evaluation.heldout import RowLoss
 from qlora_core.evaluation.human_votes import HumanScores
-from qlora_core.evaluation.judge_prompt import is_verdict_like
+from qlora_core.evaluation.judge.prompt import is_verdict_like
 from qlora_core.evaluation.verdict import Verdict
 
 

@@ -19,9 +19,9 @@ from qlora_core.evaluation.adapter_scores import open_scorer
 from qlora_core.evaluation.answer_book import Prompt
 from qlora_core.evaluation.answer_checks import is_degenerate
 from qlora_core.evaluation.evaluation_files import question_text
-from qlora_core.evaluation.judge_choice import open_judge
-from qlora_core.evaluation.judge_client import resolve_kind
-from qlora_core.evaluation.judge_offline import LogProbJudge
+from qlora_core.evaluation.judge.choice import open_judge
+from qlora_core.evaluation.judge.client import resolve_kind
+from qlora_core.evaluation.judge.offline import LogProbJudge
 from qlora_core.evaluation.pairwise import AnswerPair, judge_pairs
 from qlora_core.evaluation.verdict import Verdict
 from qlora_core.model.adapter_set import NamedAdapter

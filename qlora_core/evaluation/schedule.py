@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import norm
 
 from qlora_core.errors import EvaluationError
-from qlora_core.evaluation import bradley_terry
+from qlora_core.evaluation.statistics import bradley_terry
 from qlora_core.evaluation.tournament import count_cells, design_of
 from qlora_core.evaluation.verdict import Verdict
 

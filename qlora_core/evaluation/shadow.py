@@ -11,7 +11,7 @@ import numpy as np
 
 from qlora_core.config.shadow import ShadowConfig
 from qlora_core.evaluation.answer_checks import is_degenerate, is_refusal, word_count
-from qlora_core.evaluation.sequential import confidence_sequence
+from qlora_core.evaluation.statistics.sequential import confidence_sequence
 
 _RULES = 3
 

@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from qlora_core.evaluation.bootstrap import ratio_interval
 from qlora_core.evaluation.comparisons import Comparison
-from qlora_core.evaluation.power import minimum_detectable_effect
+from qlora_core.evaluation.statistics.bootstrap import ratio_interval
+from qlora_core.evaluation.statistics.power import minimum_detectable_effect
 
 ALL = "all"
 UNLABELLED = "no category"

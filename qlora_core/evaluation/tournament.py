@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_core.errors import EvaluationError
-from qlora_core.evaluation import bradley_terry
-from qlora_core.evaluation.bootstrap import percentile_interval, resample_weights
-from qlora_core.evaluation.elo import START, Matches, elo_ratings
+from qlora_core.evaluation.statistics import bradley_terry
+from qlora_core.evaluation.statistics.bootstrap import percentile_interval, resample_weights
+from qlora_core.evaluation.statistics.elo import START, Matches, elo_ratings
 from qlora_core.evaluation.verdict import Verdict
 
 Method = Literal["elo", "bradley-terry"]

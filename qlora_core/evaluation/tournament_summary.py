@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_core.evaluation.agreement import Label, agreement
 from qlora_core.evaluation.answer_book import AnswerBook
-from qlora_core.evaluation.certificate import Certificate
 from qlora_core.evaluation.comparisons import Comparison, comparisons_of, is_human
 from qlora_core.evaluation.disagreements import against_the_ratings, judge_against_itself, people_against_judge
-from qlora_core.evaluation.judge_prompt import is_verdict_like
+from qlora_core.evaluation.judge.certificate import Certificate
+from qlora_core.evaluation.judge.prompt import is_verdict_like
 from qlora_core.evaluation.pairwise import IDENTICAL, first_slot_share
 from qlora_core.evaluation.slices import win_rate_slices
+from qlora_core.evaluation.statistics.agreement import Label, agreement
 from qlora_core.evaluation.verdict import Verdict
 
 SHOWN = 20

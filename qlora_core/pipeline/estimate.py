@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_core.config.pipeline import PipelineConfig
-from qlora_core.evaluation.judge_client import resolve_kind
-from qlora_core.evaluation.judge_openai import planned_cost_usd
+from qlora_core.evaluation.judge.client import resolve_kind
+from qlora_core.evaluation.judge.endpoint import planned_cost_usd
 from qlora_core.pipeline.pipeline import Pipeline
 from qlora_core.sweep.cluster import MOST_CPU_WORKERS
 from qlora_core.sweep.memory_check import largest_trial

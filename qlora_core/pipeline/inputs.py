@@ -14,7 +14,7 @@ from qlora_core.config.pipeline import PipelineConfig
 from qlora_core.data.arrivals import Listing, fingerprint_sources
 from qlora_core.digest import digest_json
 from qlora_core.errors import ConfigError
-from qlora_core.evaluation.judge_client import resolve_kind
+from qlora_core.evaluation.judge.client import resolve_kind
 from qlora_core.file_digests import FileDigests
 from qlora_core.pipeline.base_source import is_demo
 from qlora_core.quantization.checkpoint import checkpoint_files, tokenizer_files

@@ -17,7 +17,7 @@ from qlora_core.config.evaluate import EvaluateConfig
 from qlora_core.config.sweep import WITHOUT_EFFECT
 from qlora_core.digest import digest_file, digest_files, digest_json
 from qlora_core.errors import ConfigError, TrainingError
-from qlora_core.evaluation.judge_client import custom_url, resolve_kind, without_secrets
+from qlora_core.evaluation.judge.client import custom_url, resolve_kind, without_secrets
 from qlora_core.pipeline.base_source import BaseModelFiles, is_demo
 from qlora_core.pipeline.job import Job
 from qlora_core.quantization.checkpoint import tokenizer_files
@@ -27,7 +27,7 @@ from qlora_core.store.manifest import Manifest
 from qlora_core.store.shelf import Shelf
 
 if TYPE_CHECKING:
-    from qlora_core.evaluation.judge_cache import VerdictCache
+    from qlora_core.evaluation.judge.cache import VerdictCache
 
 EVALUATE_FILES = {
     "general_text": "give a text file",
@@ -315,7 +315,7 @@ def evaluate_settings(job: Job) -> EvaluateConfig:
 
 def paid_verdicts(job: Job) -> "AbstractContextManager[VerdictCache | None]":
     """What a judge that costs money has said before, here or on other machines; None for a judge that costs none."""
-    from qlora_core.evaluation.judge_cache import VerdictCache
+    from qlora_core.evaluation.judge.cache import VerdictCache
 
     if judge_kind(job) != "openai":
         return nullcontext()

@@ -11,7 +11,7 @@ from typing import Any
 
 from qlora_core.errors import ConfigError
 from qlora_core.evaluation.answer_book import AnswerBook, read_answer_book
-from qlora_core.evaluation.judge_choice import open_judge
+from qlora_core.evaluation.judge.choice import open_judge
 from qlora_core.evaluation.pairwise import Judge
 from qlora_core.evaluation.schedule import Played
 from qlora_core.evaluation.tournament_play import check_replaceable, keep_verdicts, most_verdicts, play_tournament
@@ -82,7 +82,7 @@ def play_from_config(
 def _local_judge(pipeline: Pipeline) -> Judge:
     """The config's quantized base, by log-probability."""
     from qlora_core.data.chat_template import load_chat_tokenizer
-    from qlora_core.evaluation.judge_offline import LogProbJudge
+    from qlora_core.evaluation.judge.offline import LogProbJudge
     from qlora_core.model.base import load_quantized
 
     config = pipeline.job.config

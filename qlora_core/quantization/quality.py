@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from qlora_core.config.quantize import QuantizeConfig
 from qlora_core.errors import ConfigError, ModelError, StoreError
-from qlora_core.evaluation.bootstrap import Estimate, percentile_interval, ratio_interval, resample_weights
+from qlora_core.evaluation.statistics.bootstrap import Estimate, percentile_interval, ratio_interval, resample_weights
 from qlora_core.model.base import load_plain
 from qlora_core.model.perplexity import document_losses
 from qlora_core.progress import progress_bar

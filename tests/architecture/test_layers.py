@@ -22,7 +22,7 @@ def test_import_contracts_are_kept() -> None:
         ("boto3", {"qlora_core/store/s3/client.py"}),
         ("botocore", {"qlora_core/store/s3/client.py", "qlora_core/store/s3/explain.py"}),
         ("ray", {"qlora_core/sweep/cluster.py", "qlora_core/sweep/ray_connection.py"}),
-        ("aiohttp", {"qlora_core/evaluation/judge_client.py"}),
+        ("aiohttp", {"qlora_core/evaluation/judge/client.py"}),
         ("fastapi", {"qlora_core/evaluation/vote/page.py", "qlora_core/serving/app.py"}),
         ("uvicorn", {"qlora_core/evaluation/vote/server.py", "qlora_core/serving/server.py"}),
     ],

@@ -24,7 +24,9 @@ from qlora_core.registry.connection import connect, find_or_create_experiment
 from qlora_core.registry.versions import get_version, register_adapter
 
 Call = Callable[..., tuple[int, dict]]
-LINEAGE: dict[str, str] = dict.fromkeys(("base_model", "base_revision", "quantized_base_digest", "data_digest", "config_digest"), "x")
+LINEAGE: dict[str, str] = dict.fromkeys(
+    ("base_model", "base_revision", "quantized_base_digest", "data_digest", "config_digest"), "x"
+)
 FEW = ("--set", "merge.measured_tokens=256", "--set", "merge.calibration_tokens=64")
 
 

@@ -87,6 +87,7 @@ def drop_near_duplicates(
     preambles: Preambles | None = None,
     earlier: Mapping[Side, pa.Array] | None = None,
     cache: TagCache | None = None,
+    by_content: np.ndarray | None = None,
 ) -> NearDuplicates:
     """Find rows that say nearly the same, prompt and answer together, and let all but one go.
 
@@ -102,7 +103,8 @@ def drop_near_duplicates(
     - `none`: nothing is compared.
 
     `preambles` are those of a larger set of which `rows` are a part; by default they are learnt from `rows`. `cache`
-    keeps the signatures by the rows' ids; every likeness is told from the texts themselves.
+    keeps the signatures by the rows' ids, but for rows of which `by_content` (see `scan_rows`) says that their id is
+    that of another text; every likeness is told from the texts themselves.
 
     The result does not depend on the order of `rows`, except that `kept` and `cluster_of` are positions in it. MinHash
     may miss a pair (`Banding.chance`); it never makes one. No rows give an empty result.
@@ -112,7 +114,7 @@ def drop_near_duplicates(
     banding = choose_banding(config.threshold, config.permutations)
     preambles = find_preambles(rows) if preambles is None else preambles
     survival = Survival(rows, source_order, earlier)
-    scan = scan_rows(rows, config, banding, preambles, cache)
+    scan = scan_rows(rows, config, banding, preambles, cache, by_content)
     order = survival.order()
 
     def load(ranks: np.ndarray) -> Shingles:

@@ -51,17 +51,24 @@ def scan_rows(
     banding: Banding,
     preambles: Preambles,
     cache: TagCache | None = None,
+    by_content: np.ndarray | None = None,
 ) -> Scan:
-    """Scan all rows, or take from `cache` what an earlier run found for the same text."""
+    """Scan all rows, or take from `cache` what an earlier run found for the same text.
+
+    `by_content` (bool, a value a row; None: all) is False for rows whose id is not that of their text, as it is for
+    those that were cut: they are neither looked up nor kept.
+    """
     scan = Scan(
         np.empty((banding.bands, len(rows)), np.uint32), np.empty(len(rows), np.uint64), np.empty(len(rows), np.int32)
     )
     touched = may_be_stripped(rows, preambles)
-    for places, known in ((np.flatnonzero(~touched), NO_PREAMBLES), (np.flatnonzero(touched), preambles)):
-        chosen = rows_at(rows, places)
-        found = tag_rows(
-            chosen if isinstance(chosen, RowView) else list(chosen), [_ScanTagger(config, banding, known)], cache
-        ).table
+    sure = np.ones(len(rows), bool) if by_content is None else by_content
+    groups = ((~touched & sure, NO_PREAMBLES, cache), (touched & sure, preambles, cache), (~sure, preambles, None))
+    for chosen, known, shelf in groups:
+        places = np.flatnonzero(chosen)
+        some = rows_at(rows, places)
+        tagger = _ScanTagger(config, banding, known)
+        found = tag_rows(some if isinstance(some, RowView) else list(some), [tagger], shelf).table
         bands = fixed_bytes(found.column("bands").combine_chunks()).view(BAND)
         scan.bands[:, places] = bands.reshape(len(places), banding.bands).T
         scan.fingerprints[places] = found.column("fingerprint").to_numpy()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from qlora_core.errors import EvaluationError
 from qlora_core.evaluation.harness.tasks import CATEGORY, write_choice_task
-from qlora_core.evaluation.paired import paired_difference
+from qlora_core.evaluation.statistics.paired import paired_difference
 
 BASE = "base"
 

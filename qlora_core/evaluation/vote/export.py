@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from qlora_core.evaluation.agreement import Label
+from qlora_core.evaluation.statistics.agreement import Label
 from qlora_core.evaluation.verdict import Verdict
 from qlora_core.evaluation.vote.pairs import Pair
 from qlora_core.evaluation.vote.quality import preference

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from qlora_core.evaluation.agreement import Label, agreement
+from qlora_core.evaluation.statistics.agreement import Label, agreement
 from qlora_core.evaluation.verdict import Verdict
 from qlora_core.evaluation.vote.records import VoteRecord, counted
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_core.config.gate import GateConfig
-from qlora_core.evaluation.paired import paired_difference
-from qlora_core.evaluation.prediction_powered import prediction_powered_mean
+from qlora_core.evaluation.statistics.paired import paired_difference
+from qlora_core.evaluation.statistics.prediction_powered import prediction_powered_mean
 from qlora_core.registry.gate.findings import Finding, UnusableEvidenceError
 from qlora_core.registry.gate.items import RESAMPLES, Estimate, detectable, normal_error
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from qlora_core.evaluation.bootstrap import ratio_interval
-from qlora_core.evaluation.sequential import confidence_sequence
+from qlora_core.evaluation.statistics.bootstrap import ratio_interval
+from qlora_core.evaluation.statistics.sequential import confidence_sequence
 from qlora_core.registry.gate.findings import UnusableEvidenceError
 
 Metric = Literal["loss", "exact_match", "judge"]

@@ -18,8 +18,8 @@ from qlora_core.data.dataset import read_split
 from qlora_core.errors import EvaluationError, JudgeError, JudgeUnavailableError
 from qlora_core.evaluation.answer_book import read_answer_book
 from qlora_core.evaluation.evaluate import compare_adapters, evaluate_adapter, question_text, read_row_losses
-from qlora_core.evaluation.judge_cache import VerdictCache
-from qlora_core.evaluation.judge_prompt import is_verdict_like
+from qlora_core.evaluation.judge.cache import VerdictCache
+from qlora_core.evaluation.judge.prompt import is_verdict_like
 from qlora_core.evaluation.verdict import read_verdicts
 from qlora_core.evaluation.vote.ballots import BallotBox
 from qlora_core.evaluation.vote.pairs import read_pairs

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from qlora_core.errors import EvaluationError
-from qlora_core.evaluation.bootstrap import ratio_interval
 from qlora_core.evaluation.heldout import RowLoss, compare_losses
+from qlora_core.evaluation.statistics.bootstrap import ratio_interval
 
 SETTINGS = {"confidence": 0.95, "resamples": 400, "seed": 3}
 

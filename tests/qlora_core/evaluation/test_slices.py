@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from qlora_core.evaluation.comparisons import comparisons_of
-from qlora_core.evaluation.power import minimum_detectable_effect
 from qlora_core.evaluation.slices import ALL, MAX_SLICES, UNLABELLED, Unit, slice_table, win_rate_slices
+from qlora_core.evaluation.statistics.power import minimum_detectable_effect
 from qlora_core.evaluation.verdict import Verdict
 
 

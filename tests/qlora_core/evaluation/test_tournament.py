@@ -10,8 +10,8 @@ from scipy import stats
 from scipy.optimize import minimize
 
 from qlora_core.errors import EvaluationError
-from qlora_core.evaluation import bradley_terry
-from qlora_core.evaluation.elo import Matches, elo_ratings, match_order, order_streams
+from qlora_core.evaluation.statistics import bradley_terry
+from qlora_core.evaluation.statistics.elo import Matches, elo_ratings, match_order, order_streams
 from qlora_core.evaluation.tournament import Method, rate
 from qlora_core.evaluation.verdict import Verdict
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from flows.cli.app import app
 from qlora_core.errors import EvaluationError
 from qlora_core.evaluation.answer_book import AnswerBook, Prompt, read_answer_book
-from qlora_core.evaluation.judge_checks import LongestWins
+from qlora_core.evaluation.judge.checks import LongestWins
 from qlora_core.evaluation.tournament_play import check_replaceable, most_verdicts, play_tournament
 from qlora_core.evaluation.verdict import Verdict, read_verdicts, write_verdicts
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlora_core.evaluation.answer_book import AnswerBook, Prompt
-from qlora_core.evaluation.certificate import Certificate, Figures, Limits
+from qlora_core.evaluation.judge.certificate import Certificate, Figures, Limits
 from qlora_core.evaluation.slices import ALL, slice_table
 from qlora_core.evaluation.tournament import rate
 from qlora_core.evaluation.tournament_summary import summarise_tournament

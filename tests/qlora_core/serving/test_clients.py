@@ -17,8 +17,8 @@ from rich.console import Console
 
 from qlora_core.config.evaluate import JudgeConfig
 from qlora_core.errors import ConfigError, ModelError, RegistryError, ServingError
-from qlora_core.evaluation.judge_client import Failure, JudgeClient, Reply
-from qlora_core.evaluation.judge_openai import open_openai_judge
+from qlora_core.evaluation.judge.client import Failure, JudgeClient, Reply
+from qlora_core.evaluation.judge.endpoint import open_openai_judge
 from qlora_core.evaluation.pairwise import AnswerPair, judge_pairs
 from qlora_core.registry.model_address import present_aliases, resolve_address
 from qlora_core.serving.admission import AdapterSource

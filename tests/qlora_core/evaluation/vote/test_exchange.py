@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora_core.errors import EvaluationError
-from qlora_core.evaluation.agreement import read_labels
+from qlora_core.evaluation.statistics.agreement import read_labels
 from qlora_core.evaluation.verdict import read_verdicts
 from qlora_core.evaluation.vote.ballots import BallotBox
 from qlora_core.evaluation.vote.export import csv_text, export_texts, write_export

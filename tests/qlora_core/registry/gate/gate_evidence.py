@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_core.evaluation.bootstrap import ratio_interval
+from qlora_core.evaluation.statistics.bootstrap import ratio_interval
 
 CATEGORIES = ("qa", "summary", "code")
 

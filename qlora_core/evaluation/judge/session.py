@@ -13,17 +13,17 @@ from typing import Any
 
 from qlora_core.config.evaluate import JudgeConfig
 from qlora_core.errors import JudgeError, JudgeUnavailableError
-from qlora_core.evaluation.judge_budget import Budget, Prices
-from qlora_core.evaluation.judge_cache import Attempt, VerdictCache
-from qlora_core.evaluation.judge_client import Failure, JudgeClient, Reply
-from qlora_core.evaluation.judge_pacing import Emit, Pace
-from qlora_core.evaluation.judge_probe import (
+from qlora_core.evaluation.judge.budget import Budget, Prices
+from qlora_core.evaluation.judge.cache import Attempt, VerdictCache
+from qlora_core.evaluation.judge.client import Failure, JudgeClient, Reply
+from qlora_core.evaluation.judge.pacing import Emit, Pace
+from qlora_core.evaluation.judge.probe import (
     PROBE_MESSAGES,
     probe_parameters,
     read_capabilities,
     refused_parameter,
 )
-from qlora_core.evaluation.judge_writer import AttemptWriter
+from qlora_core.evaluation.judge.writer import AttemptWriter
 from qlora_core.evaluation.pairwise import Judgement
 
 logger = logging.getLogger(__name__)

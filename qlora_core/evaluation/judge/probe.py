@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from qlora_core.evaluation.judge_client import Failure, Reply
+from qlora_core.evaluation.judge.client import Failure, Reply
 
 PROBE_VERSION = "probe-1"
 TOKEN = "schema-is-honoured"

@@ -15,11 +15,11 @@ from typing import Any
 
 from qlora_core.digest import digest_json
 from qlora_core.errors import JudgeError, JudgeUnavailableError
-from qlora_core.evaluation.judge_budget import Budget
-from qlora_core.evaluation.judge_cache import Attempt
-from qlora_core.evaluation.judge_client import Failure, Reply
-from qlora_core.evaluation.judge_pacing import Emit
-from qlora_core.evaluation.judge_session import Endpoint, Messages, recorded
+from qlora_core.evaluation.judge.budget import Budget
+from qlora_core.evaluation.judge.cache import Attempt
+from qlora_core.evaluation.judge.client import Failure, Reply
+from qlora_core.evaluation.judge.pacing import Emit
+from qlora_core.evaluation.judge.session import Endpoint, Messages, recorded
 from qlora_core.evaluation.pairwise import Judgement
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from qlora_core.errors import EvaluationError
-from qlora_core.evaluation.bootstrap import percentile_interval, resample_weights
+from qlora_core.evaluation.statistics.bootstrap import percentile_interval, resample_weights
 
 MAX_ITERATIONS = 50
 TOLERANCE = 1e-10

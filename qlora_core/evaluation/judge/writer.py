@@ -4,7 +4,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
 from qlora_core.errors import JudgeError
-from qlora_core.evaluation.judge_cache import Attempt, VerdictCache
+from qlora_core.evaluation.judge.cache import Attempt, VerdictCache
 
 LINGER_S = 0.002
 

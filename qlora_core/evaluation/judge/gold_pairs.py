@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qlora_core.errors import EvaluationError
 from qlora_core.evaluation.jsonl import read_rows
-from qlora_core.evaluation.judge_replay import ReplayJudge
+from qlora_core.evaluation.judge.replay import ReplayJudge
 from qlora_core.evaluation.pairwise import Judgement
 from qlora_core.evaluation.verdict import Identifier
 
@@ -41,7 +41,7 @@ def read_gold(source: str) -> list[GoldPair]:
     Raises EvaluationError where the path is none of these, or two pairs have one id.
     """
     if source == OWN:
-        packaged = resources.files("qlora_core.evaluation") / "gold" / "pairs.jsonl"
+        packaged = resources.files("qlora_core.evaluation.judge") / "gold" / "pairs.jsonl"
         with resources.as_file(packaged) as path:
             return _distinct(read_rows(path, GoldPair), path)
     path = Path(source)

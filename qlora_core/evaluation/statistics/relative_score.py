@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from qlora_core.errors import EvaluationError
-from qlora_core.evaluation.bootstrap import ratio_interval
+from qlora_core.evaluation.statistics.bootstrap import ratio_interval
 from qlora_core.evaluation.verdict import Verdict
 
 

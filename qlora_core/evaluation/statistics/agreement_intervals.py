@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_core.errors import EvaluationError
-from qlora_core.evaluation.bootstrap import percentile_interval, resample_weights
+from qlora_core.evaluation.statistics.bootstrap import percentile_interval, resample_weights
 
 Level = Literal["nominal", "ordinal", "interval"]
 Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]

@@ -7,10 +7,10 @@ from typer.testing import CliRunner
 
 from flows.cli.app import app
 from qlora_core.errors import EvaluationError
-from qlora_core.evaluation.certificate import Limits, certifies, faults, read_certificate, write_certificate
-from qlora_core.evaluation.gold_pairs import read_gold, recorded_llmbar, recorded_pandalm
-from qlora_core.evaluation.judge_checks import LongestWins
-from qlora_core.evaluation.judge_gym import ATTACKS, certify, injected, measure
+from qlora_core.evaluation.judge.certificate import Limits, certifies, faults, read_certificate, write_certificate
+from qlora_core.evaluation.judge.checks import LongestWins
+from qlora_core.evaluation.judge.gold_pairs import read_gold, recorded_llmbar, recorded_pandalm
+from qlora_core.evaluation.judge.gym import ATTACKS, certify, injected, measure
 from qlora_core.evaluation.pairwise import AnswerPair, Judgement, Question, judge_pairs
 
 JUDGES = [

@@ -6,8 +6,8 @@ import pytest
 
 from qlora_core.errors import EvaluationError
 from qlora_core.evaluation.answer_book import Prompt
-from qlora_core.evaluation.check_file import checks_for, read_check_rows
-from qlora_core.evaluation.judge_checks import CheckJudge
+from qlora_core.evaluation.judge.check_file import checks_for, read_check_rows
+from qlora_core.evaluation.judge.checks import CheckJudge
 
 PROMPTS = {
     "p1": Prompt("Say one.", "count", "one"),

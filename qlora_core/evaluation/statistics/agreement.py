@@ -14,7 +14,8 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from qlora_core.errors import EvaluationError
-from qlora_core.evaluation.agreement_intervals import (
+from qlora_core.evaluation.jsonl import read_rows
+from qlora_core.evaluation.statistics.agreement_intervals import (
     Level,
     Statistic,
     cohen_kappas,
@@ -22,7 +23,6 @@ from qlora_core.evaluation.agreement_intervals import (
     item_interval,
     krippendorff_alphas,
 )
-from qlora_core.evaluation.jsonl import read_rows
 from qlora_core.evaluation.verdict import Identifier
 
 

@@ -13,15 +13,15 @@ from typing import Any
 
 from qlora_core.config.evaluate import EvaluateConfig, JudgeConfig
 from qlora_core.digest import digest_json
-from qlora_core.evaluation.certificate import Certificate, certifies, read_certificate
-from qlora_core.evaluation.judge_batch import BatchSession
-from qlora_core.evaluation.judge_budget import Budget, estimate_cost_usd, judge_prices
-from qlora_core.evaluation.judge_cache import Served, VerdictCache
-from qlora_core.evaluation.judge_client import JudgeClient, Reply, custom_url, resolve_kind
-from qlora_core.evaluation.judge_pacing import Emit, stream_from_loop
-from qlora_core.evaluation.judge_probe import PROBE_VERSION, Capabilities, capabilities_of
-from qlora_core.evaluation.judge_prompt import SYSTEM, form_of, render_messages, response_format
-from qlora_core.evaluation.judge_session import Endpoint, Messages, Session
+from qlora_core.evaluation.judge.batch import BatchSession
+from qlora_core.evaluation.judge.budget import Budget, estimate_cost_usd, judge_prices
+from qlora_core.evaluation.judge.cache import Served, VerdictCache
+from qlora_core.evaluation.judge.certificate import Certificate, certifies, read_certificate
+from qlora_core.evaluation.judge.client import JudgeClient, Reply, custom_url, resolve_kind
+from qlora_core.evaluation.judge.pacing import Emit, stream_from_loop
+from qlora_core.evaluation.judge.probe import PROBE_VERSION, Capabilities, capabilities_of
+from qlora_core.evaluation.judge.prompt import SYSTEM, form_of, render_messages, response_format
+from qlora_core.evaluation.judge.session import Endpoint, Messages, Session
 from qlora_core.evaluation.pairwise import Judgement, Question
 
 logger = logging.getLogger(__name__)

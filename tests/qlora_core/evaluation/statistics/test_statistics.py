@@ -10,12 +10,12 @@ import pytest
 from scipy import stats
 
 from qlora_core.errors import EvaluationError
-from qlora_core.evaluation.length_control import LengthRow, length_controlled_win_rate
-from qlora_core.evaluation.paired import paired_difference
-from qlora_core.evaluation.power import minimum_detectable_effect, prompts_needed
-from qlora_core.evaluation.prediction_powered import prediction_powered_mean
-from qlora_core.evaluation.rank_correlation import rank_correlation
-from qlora_core.evaluation.relative_score import ScorePair, percent_of_reference
+from qlora_core.evaluation.statistics.length_control import LengthRow, length_controlled_win_rate
+from qlora_core.evaluation.statistics.paired import paired_difference
+from qlora_core.evaluation.statistics.power import minimum_detectable_effect, prompts_needed
+from qlora_core.evaluation.statistics.prediction_powered import prediction_powered_mean
+from qlora_core.evaluation.statistics.rank_correlation import rank_correlation
+from qlora_core.evaluation.statistics.relative_score import ScorePair, percent_of_reference
 
 SETTINGS = {"confidence": 0.95, "resamples": 400, "seed": 0}
 

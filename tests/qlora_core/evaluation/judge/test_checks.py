@@ -5,8 +5,8 @@ import pytest
 
 from qlora_core.errors import EvaluationError
 from qlora_core.evaluation.heldout import RowLoss
-from qlora_core.evaluation.judge_checks import CheckJudge, LongestWins, read_check
-from qlora_core.evaluation.judge_replay import replay_of
+from qlora_core.evaluation.judge.checks import CheckJudge, LongestWins, read_check
+from qlora_core.evaluation.judge.replay import replay_of
 from qlora_core.evaluation.pairwise import AnswerPair, judge_pairs
 from qlora_core.evaluation.reference_likelihood import reference_verdicts
 from qlora_core.evaluation.sandbox import run_tests

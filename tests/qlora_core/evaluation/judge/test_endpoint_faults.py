@@ -13,13 +13,13 @@ from pydantic import ValidationError
 
 from qlora_core.config.evaluate import JudgeConfig
 from qlora_core.errors import JudgeError
-from qlora_core.evaluation.judge_cache import VerdictCache
-from qlora_core.evaluation.judge_openai import OpenAIJudge, open_openai_judge
-from qlora_core.evaluation.judge_pacing import Pace, stream_from_loop
-from qlora_core.evaluation.judge_probe import Capabilities
-from qlora_core.evaluation.judge_prompt import form_of, is_verdict_like, parse_scores, render_messages
+from qlora_core.evaluation.judge.cache import VerdictCache
+from qlora_core.evaluation.judge.endpoint import OpenAIJudge, open_openai_judge
+from qlora_core.evaluation.judge.pacing import Pace, stream_from_loop
+from qlora_core.evaluation.judge.probe import Capabilities
+from qlora_core.evaluation.judge.prompt import form_of, is_verdict_like, parse_scores, render_messages
 from qlora_core.evaluation.pairwise import AnswerPair, Question, judge_pairs
-from qlora_core.evaluation.relative_score import percent_of_reference, score_pairs
+from qlora_core.evaluation.statistics.relative_score import percent_of_reference, score_pairs
 from qlora_core.evaluation.verdict import Verdict
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from sklearn.metrics import cohen_kappa_score
 from statsmodels.stats.inter_rater import fleiss_kappa
 
 from qlora_core.errors import EvaluationError
-from qlora_core.evaluation.agreement import Label, agreement, read_labels
-from qlora_core.evaluation.agreement_intervals import cohen_kappas, fleiss_kappas, krippendorff_alphas
-from qlora_core.evaluation.bootstrap import percentile_interval, resample_weights
+from qlora_core.evaluation.statistics.agreement import Label, agreement, read_labels
+from qlora_core.evaluation.statistics.agreement_intervals import cohen_kappas, fleiss_kappas, krippendorff_alphas
+from qlora_core.evaluation.statistics.bootstrap import percentile_interval, resample_weights
 
 # Fleiss' kappa on Wikipedia (and statsmodels' own test): 10 items, 14 raters, 5 classes
 FLEISS = [

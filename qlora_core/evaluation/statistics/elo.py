@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qlora_core.compiled import compiled
 from qlora_core.errors import EvaluationError
-from qlora_core.evaluation.bootstrap import percentile_interval
+from qlora_core.evaluation.statistics.bootstrap import percentile_interval
 
 START = 1000.0
 K = 32.0

@@ -17,9 +17,9 @@ import pytest
 
 from qlora_core.config.evaluate import EvaluateConfig, JudgeConfig
 from qlora_core.errors import JudgeError
-from qlora_core.evaluation.judge_budget import Prices, estimate_cost_usd
-from qlora_core.evaluation.judge_cache import VerdictCache
-from qlora_core.evaluation.judge_openai import open_openai_judge
+from qlora_core.evaluation.judge.budget import Prices, estimate_cost_usd
+from qlora_core.evaluation.judge.cache import VerdictCache
+from qlora_core.evaluation.judge.endpoint import open_openai_judge
 from qlora_core.evaluation.pairwise import AnswerPair, judge_pairs
 from qlora_core.evaluation.verdict import Verdict
 
@@ -200,7 +200,7 @@ import sys
 from pathlib import Path
 from qlora_core.config.evaluate import JudgeConfig
 sys.path.insert(0, sys.argv[1])
-from test_judge_batch import _config, _judge
+from test_batch import _config, _judge
 _judge(_config(sys.argv[2]), cache=Path(sys.argv[3]))
 """
 

@@ -6,7 +6,7 @@ from scipy import stats
 from scipy.integrate import quad
 
 from qlora_core.errors import EvaluationError
-from qlora_core.evaluation.sequential import confidence_sequence, sign_test, win_share_sequence
+from qlora_core.evaluation.statistics.sequential import confidence_sequence, sign_test, win_share_sequence
 
 
 def test_sign_test_equals_the_integral_it_stands_for() -> None:

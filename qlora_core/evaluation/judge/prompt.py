@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from qlora_core.digest import digest_json
-from qlora_core.evaluation.judge_probe import json_schema
+from qlora_core.evaluation.judge.probe import json_schema
 from qlora_core.evaluation.pairwise import Judgement, Question
 
 Mode = Literal["pairwise", "score10", "rubric", "reference"]

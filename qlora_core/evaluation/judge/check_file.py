@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from qlora_core.errors import EvaluationError
 from qlora_core.evaluation.answer_book import Prompt
 from qlora_core.evaluation.jsonl import read_rows
-from qlora_core.evaluation.judge_checks import Check, read_check
+from qlora_core.evaluation.judge.checks import Check, read_check
 
 SELECTORS = ("prompt_id", "prompt", "category")
 

@@ -1,6 +1,6 @@
 import pytest
 
-from qlora_core.evaluation.judge_prompt import parse_verdict, render_messages
+from qlora_core.evaluation.judge.prompt import parse_verdict, render_messages
 from qlora_core.evaluation.pairwise import Question
 
 

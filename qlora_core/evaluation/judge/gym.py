@@ -7,10 +7,10 @@ from typing import Literal, Protocol
 import numpy as np
 
 from qlora_core.digest import digest_json
-from qlora_core.evaluation.bootstrap import ratio_interval
-from qlora_core.evaluation.certificate import Certificate, Figures, Limits, faults
-from qlora_core.evaluation.gold_pairs import GoldPair
+from qlora_core.evaluation.judge.certificate import Certificate, Figures, Limits, faults
+from qlora_core.evaluation.judge.gold_pairs import GoldPair
 from qlora_core.evaluation.pairwise import IDENTICAL, AnswerPair, Judge, first_slot_share, judge_pairs
+from qlora_core.evaluation.statistics.bootstrap import ratio_interval
 from qlora_core.evaluation.verdict import Verdict
 
 INJECTED = "-injected"

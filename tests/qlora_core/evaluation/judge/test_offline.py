@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from qlora_core.errors import JudgeError
-from qlora_core.evaluation.judge_offline import LogProbJudge
+from qlora_core.evaluation.judge.offline import LogProbJudge
 from qlora_core.evaluation.pairwise import AnswerPair, Question, judge_pairs, summarise_verdicts
 from qlora_core.model.base import load_plain
 

@@ -12,10 +12,10 @@ from typing import Any
 from qlora_core.config.evaluate import EvaluateConfig
 from qlora_core.errors import EvaluationError
 from qlora_core.evaluation.answer_book import Prompt
-from qlora_core.evaluation.check_file import checks_for, read_check_rows
-from qlora_core.evaluation.judge_cache import VerdictCache
-from qlora_core.evaluation.judge_checks import CheckJudge
-from qlora_core.evaluation.judge_openai import OpenAIJudge, open_openai_judge
+from qlora_core.evaluation.judge.cache import VerdictCache
+from qlora_core.evaluation.judge.check_file import checks_for, read_check_rows
+from qlora_core.evaluation.judge.checks import CheckJudge
+from qlora_core.evaluation.judge.endpoint import OpenAIJudge, open_openai_judge
 from qlora_core.evaluation.pairwise import Judge, summarise_verdicts
 from qlora_core.evaluation.verdict import Verdict
 

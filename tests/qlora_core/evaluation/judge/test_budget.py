@@ -4,7 +4,7 @@ import pytest
 
 from qlora_core.config.evaluate import EvaluateConfig, JudgeConfig
 from qlora_core.errors import ConfigError
-from qlora_core.evaluation.judge_budget import Budget, Prices, estimate_cost_usd, judge_prices
+from qlora_core.evaluation.judge.budget import Budget, Prices, estimate_cost_usd, judge_prices
 
 
 def _judge(**settings: object) -> JudgeConfig:

@@ -15,9 +15,9 @@ import pytest
 
 from qlora_core.config.evaluate import JudgeConfig
 from qlora_core.errors import ConfigError, JudgeError
-from qlora_core.evaluation.judge_cache import VerdictCache
-from qlora_core.evaluation.judge_client import resolve_kind, retry_after_s
-from qlora_core.evaluation.judge_openai import CALLS_IN_FLIGHT, open_openai_judge
+from qlora_core.evaluation.judge.cache import VerdictCache
+from qlora_core.evaluation.judge.client import resolve_kind, retry_after_s
+from qlora_core.evaluation.judge.endpoint import CALLS_IN_FLIGHT, open_openai_judge
 from qlora_core.evaluation.pairwise import AnswerPair, judge_pairs
 from qlora_core.evaluation.verdict import Verdict
 from qlora_core.store.layout import VERDICTS
@@ -314,7 +314,7 @@ def test_decide_killed_run_resumes_without_paying_twice(judge_server: "JudgeServ
     cache = tmp_path / "v.db"
     script = (
         "import sys; from pathlib import Path\n"
-        "sys.path.insert(0, sys.argv[1]); import test_judge_openai as t\n"
+        "sys.path.insert(0, sys.argv[1]); import test_endpoint as t\n"
         "t._judge(t._config(sys.argv[2]), 40, Path(sys.argv[3]))\n"
     )
     folder = str(Path(__file__).parent)
@@ -358,7 +358,9 @@ def test_retry_after_reads_seconds_and_dates(headers: dict[str, str], expected: 
 
 
 def test_importing_the_judge_loads_no_client() -> None:
-    code = "import sys, qlora_core.evaluation.judge_openai as m; assert not {'aiohttp', 'torch'} & set(sys.modules), m"
+    code = (
+        "import sys, qlora_core.evaluation.judge.endpoint as m; assert not {'aiohttp', 'torch'} & set(sys.modules), m"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     source = Path(sys.modules[resolve_kind.__module__].__file__ or "").read_text()
     assert re.search(r"^\s+import aiohttp$", source, re.M)

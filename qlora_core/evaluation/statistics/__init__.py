@@ -1,0 +1,1 @@
+"""Estimates with intervals from votes, verdicts and scores. Knows numbers, not where they came from."""
