@@ -17,10 +17,12 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.cli.file_errors import explain_file_error
 from qlora_core.errors import QloraError
 from qlora_core.telemetry import disable_usage_reporting
 
 IMPORT_POLL_S = 0.01
+_LOGGER = logging.getLogger(__name__)
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 SetOption = Annotated[
     list[str] | None,
@@ -45,6 +47,8 @@ class Report:
 def reporting(as_json: bool) -> Iterator[Report]:
     """Run a command's body: expected errors become one clear message and an exit code, Ctrl-C a hint how to go on.
 
+    A file that cannot be used is an expected error too, whoever opened it; QLORA_LOG_LEVEL=DEBUG shows where.
+
     With `as_json`, standard output is kept for the result: whatever libraries print meanwhile goes to standard error,
     and a failure too leaves one object, `{"error": {"type", "message"}}`.
     """
@@ -62,6 +66,14 @@ def reporting(as_json: bool) -> Iterator[Report]:
         failure = {"type": type(error).__name__, "message": str(error)}
         report.exit_code = error.exit_code
         typer.secho(f"error: {error}", fg="red", err=True)
+    except OSError as error:
+        message = explain_file_error(error)
+        if message is None:
+            raise
+        _LOGGER.debug("where it happened:", exc_info=True)
+        failure = {"type": type(error).__name__, "message": message}
+        report.exit_code = 1
+        typer.secho(f"error: {message}", fg="red", err=True)
     except KeyboardInterrupt:
         failure = {"type": "Interrupted", "message": "interrupted; run the same command again to go on"}
         report.exit_code = 1
@@ -77,9 +89,13 @@ def reporting(as_json: bool) -> Iterator[Report]:
 
 
 def _worth_showing(record: logging.LogRecord) -> bool:
-    """Whether a line is for the terminal: not Prefect's own bookkeeping, which its API keeps."""
-    ours = not record.name.startswith("prefect") or getattr(record, "library", False)
-    return ours or record.levelno >= logging.WARNING
+    """Whether a line is for the terminal: not Prefect's own bookkeeping, which its API keeps.
+
+    Nor that it takes an interrupt for a crash: the command says what an interrupt means.
+    """
+    if not record.name.startswith("prefect") or getattr(record, "library", False):
+        return True
+    return record.levelno >= logging.WARNING and "aborted by an interrupt signal" not in record.getMessage()
 
 
 def _claim_stdout() -> int:

@@ -249,10 +249,11 @@ def _write(out: Path, found: Curated, encoder: Encoder, config: DataConfig) -> d
     quarantined = [entry for reading in found.readings for entry in reading.quarantined]
     write_quarantine(out / "quarantine.parquet", quarantined)
     encoder.chat.tokenizer.save_pretrained(str(out / "tokenizer"))
-    # The gate reads the written rows anew; two copies of the texts would be the peak of the whole stage
-    found.remaining.forget_rows()
-    check_no_leaks(out, lambda stored: _clusters(stored, found, config, encoder.cache))
     curation = summarize(found, funnel, written, packing, encoder.chat, config)
+    # The gate reads the written rows anew; two copies of the texts would be the peak of the whole stage
+    del written
+    found.remaining.forget()
+    check_no_leaks(out, lambda stored: _clusters(stored, found, config, encoder.cache))
     (out / "card.md").write_text(make_card(curation, config.model_dump(mode="json")), encoding="utf-8")
     (out / "curation.json").write_bytes(canonical_json(curation))
     return curation

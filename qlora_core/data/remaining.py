@@ -40,9 +40,10 @@ class Remaining:
         self._store = RowStore.concatenate([self._store, changed])
         self.rows = self._store.select(places)
 
-    def forget_rows(self) -> None:
-        """Let go of the rows' texts once they are written; tags and the ledger stay."""
+    def forget(self) -> None:
+        """Let go of the rows and their tags once they are written and summed up; the ledger stays."""
         self._store = RowStore()
+        self.tags = TagTable(pa.table({}))
         self.rows = self._store.select(np.empty(0, np.int64))
         return_memory()
 

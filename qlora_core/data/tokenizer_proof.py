@@ -110,7 +110,7 @@ def _contents(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
     for start in range(0, len(rows), BATCH_ROWS):
         batch = rows[start : start + BATCH_ROWS]
         if isinstance(batch, RowView):
-            yield batch.column("contents").combine_chunks().flatten().to_pylist()
+            yield batch.batch().column("contents").flatten().to_pylist()
         else:
             yield [message.content for row in batch for message in row.messages]
 
