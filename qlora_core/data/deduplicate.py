@@ -19,6 +19,7 @@ from qlora_core.data.text_form import UNICODE_VERSION, spaced
 # White space to `str.split`, so no spaced text holds it.
 SEPARATOR = "\x1f"
 ID_BYTES = 64
+ID_CHUNK = 4096
 FIELDS = ("licence", "generator", "language", "tools", "rejected")
 # Raise it whenever rows that were told apart would no longer be, or the other way round.
 SAME_TEXT_VERSION = 1
@@ -96,7 +97,7 @@ class Survival:
         store = rows if isinstance(rows, RowStore | RowView) else RowStore(rows)
         self._sources, self._source = _numbered(store.column("source"))
         self._categories, self._category = _numbered(store.column("category"))
-        self._id = np.array(store.column("id").to_pylist(), f"S{ID_BYTES}")
+        self._id = _fixed(store.column("id"))
         self._line = store.column("line").to_numpy()
         self._fields = _hash_fields(store)
 
@@ -129,6 +130,14 @@ class Survival:
         known = pa.chunked_array([old.cast(kind) for old in self._earlier.values()], kind).combine_chunks()
         found = pc.call_function("is_in", [ids], pc.SetLookupOptions(value_set=known))
         return found.to_numpy(zero_copy_only=False)
+
+
+def _fixed(texts: pa.ChunkedArray) -> np.ndarray:
+    """The ids as bytes of one width; as Python texts, which take three times as much, only some at a time."""
+    fixed = np.empty(len(texts), f"S{ID_BYTES}")
+    for start in range(0, len(texts), ID_CHUNK):
+        fixed[start : start + ID_CHUNK] = texts.slice(start, ID_CHUNK).to_pylist()
+    return fixed
 
 
 def _numbered(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:

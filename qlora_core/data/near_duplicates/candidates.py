@@ -1,5 +1,6 @@
 """Which pairs of rows are worth an exact comparison, from the bands of their signatures. Compares no text."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,8 +34,8 @@ def find_twins(fingerprints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first[~opens], order[~opens]
 
 
-def find_candidates(band_hashes: np.ndarray, ranks: np.ndarray, max_bucket: int = MAX_BUCKET) -> Candidates:
-    """Pairs that agree on a band. `band_hashes` (bands, len(ranks)) belong to rows of the given ascending ranks.
+def find_candidates(band_hashes: Iterable[np.ndarray], ranks: np.ndarray, max_bucket: int = MAX_BUCKET) -> Candidates:
+    """Pairs that agree on a band. `band_hashes`, len(ranks) of each band, belong to rows of the given ascending ranks.
 
     Each pair comes once, in ascending order. A set of members that falls together in several bands is one bucket.
     """

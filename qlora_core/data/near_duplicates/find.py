@@ -146,7 +146,7 @@ def _search(scan: Scan, order: np.ndarray, load: LoadSets, threshold: float) -> 
     alone = np.ones(len(order), bool)
     alone[twins.right] = False
     ranks = np.flatnonzero(alone)
-    candidates = find_candidates(scan.bands[:, order[ranks]], ranks)
+    candidates = find_candidates((band[order[ranks]] for band in scan.bands), ranks)
     pairs = compare(candidates.left, candidates.right, sizes, load)
     buckets = [compare_bucket(members, load, threshold) for members in candidates.large_buckets]
     edges = join_edges([pairs.at_least(threshold), *(found for found, _ in buckets)])

@@ -69,10 +69,13 @@ def scan_rows(
         some = rows_at(rows, places)
         tagger = _ScanTagger(config, banding, known)
         found = tag_rows(some if isinstance(some, RowView) else list(some), [tagger], shelf).table
-        bands = fixed_bytes(found.column("bands").combine_chunks()).view(BAND)
-        scan.bands[:, places] = bands.reshape(len(places), banding.bands).T
-        scan.fingerprints[places] = found.column("fingerprint").to_numpy()
-        scan.sizes[places] = found.column("shingles").to_numpy()
+        start = 0
+        for batch in found.to_batches():  # one at a time: all bands twice would be felt
+            here = places[start : start + len(batch)]
+            scan.bands[:, here] = fixed_bytes(batch.column("bands")).view(BAND).reshape(len(here), banding.bands).T
+            scan.fingerprints[here] = batch.column("fingerprint").to_numpy()
+            scan.sizes[here] = batch.column("shingles").to_numpy()
+            start += len(batch)
     return scan
 
 
