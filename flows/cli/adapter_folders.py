@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.addresses import find_registered
+from flows.cli.addresses import find_registered, is_address
 from flows.cli.reporting import JsonOption, reporting
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into adapters, compare and export them.")
@@ -14,17 +14,29 @@ _SHOWN = 10
 
 
 @app.command()
-def inspect(adapter: FolderArgument, json: JsonOption = False) -> None:
+def inspect(
+    adapter: Annotated[
+        str, typer.Argument(help="A PEFT adapter folder, models:/NAME@ALIAS or models:/NAME/3.", show_default=False)
+    ],
+    registry: Annotated[
+        Path | None, typer.Option(help="A pipeline.yaml: its registry knows models:/ addresses.", show_default=False)
+    ] = None,
+    json: JsonOption = False,
+) -> None:
     """Norms, ranks in use and the layers that matter of an adapter.
 
-    Example:
+    Examples:
 
       qlora adapter inspect out/adapter
+
+      qlora adapter inspect models:/assistant@champion --registry pipeline.yaml
     """
     with reporting(json) as report:
         from qlora_core.adapters.inspect import inspect_adapter
 
-        report.data = inspect_adapter(adapter)
+        folder = find_registered(adapter, registry).adapter.folder if is_address(adapter) else Path(adapter)
+        report.data = {**inspect_adapter(folder), "adapter": str(folder)}
+        report.say(f"adapter: {folder}")
         report.say(f"rank {report.data['rank']} on {report.data['modules']} modules, norm {report.data['norm']:.4g}")
         report.say("share   norm      in use  effective  module")
         for layer in report.data["layers"][:_SHOWN]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from flows.cli.addresses import find_registered, is_address
+from flows.cli.addresses import base_in_store, find_registered, is_address
 from flows.cli.reporting import JsonOption, Report, reporting
 from qlora_core.errors import ConfigError, RegistryError
 
@@ -57,7 +57,12 @@ def merge(
     out: Annotated[Path, typer.Argument(help="Where the checkpoint goes: a new folder.", show_default=False)],
     target: Annotated[MergeTarget, typer.Option(help="How weights are stored.")] = MergeTarget.SIXTEEN_BIT,
     base: Annotated[
-        Path | None, typer.Option(help="The 4-bit base; default: the folder that the adapter's own settings name.")
+        Path | None,
+        typer.Option(
+            help="The 4-bit base; default: for models:/ the one it was trained on, from the config's store; for a "
+            "folder the one that its own settings name.",
+            show_default=False,
+        ),
     ] = None,
     original: Annotated[
         Path | None, typer.Option(help="The checkpoint the base was quantized from: more ways for nf4.")
@@ -69,7 +74,8 @@ def merge(
         Path | None, typer.Option(help="Other text for calibrated rounding; default: the adapter's own samples.")
     ] = None,
     registry: Annotated[
-        Path | None, typer.Option(help="A pipeline.yaml: its registry knows models:/ addresses.", show_default=False)
+        Path | None,
+        typer.Option(help="A pipeline.yaml: its registry knows models:/, its store the base.", show_default=False),
     ] = None,
     no_record: Annotated[
         bool, typer.Option("--no-record", help="Leave the registered version as it is; the certificate is in OUT.")
@@ -90,7 +96,7 @@ def merge(
 
       qlora merge out/adapter out/merged --target nf4 --base models/base-nf4 --original models/base
 
-      qlora merge models:/assistant@champion out/merged --registry pipeline.yaml --base models/base-nf4
+      qlora merge models:/assistant@champion out/merged --registry pipeline.yaml
     """
     with reporting(json) as report:
         from qlora_core.adapters.merge import MergeRequest
@@ -100,7 +106,8 @@ def merge(
         config = _overridden(MergeConfig, "merge", overrides or ())
         registered = find_registered(adapter, registry) if is_address(adapter) else None
         folder = Path(adapter) if registered is None else registered.adapter.folder
-        request = MergeRequest(folder, base or _named_base(folder), out, target.value, original, text, calibration)
+        base = base or _default_base(folder, registered)
+        request = MergeRequest(folder, base, out, target.value, original, text, calibration)
         report.data = {**merge_adapter(request, config), "recorded": None}
         gain = report.data["gain_retained"]
         report.say(f"wrote {out} ({report.data['chosen']}): gain retained {'-' if gain is None else f'{gain:.4f}'}")
@@ -125,13 +132,20 @@ def _record(report: Report, registered: "Registered", out: Path) -> None:
     report.say(f"recorded with version {found.version} of {found.name}")
 
 
-def _named_base(adapter: Path) -> Path:
-    """The base folder in an adapter's own settings."""
+def _default_base(adapter: Path, registered: "Registered | None") -> Path:
+    """The stored base that a registered adapter was trained on; for another, the folder in its own settings."""
+    if registered is not None:
+        found = registered.adapter
+        of = f"version {found.version} of {found.name}"
+        return base_in_store(registered.config, found.quantized_base_digest, of=of, option="--base")
     from qlora_core.model.adapter import read_adapter_config
 
     named = read_adapter_config(adapter).base_model_name_or_path
     if not named or not Path(named).is_dir():
-        raise ConfigError(f"{adapter} names no base folder on this machine ({named!r}); give it with --base")
+        raise ConfigError(
+            f"{adapter} names no base folder on this machine ({named!r}); give it with --base: `qlora run` ends with "
+            "the folder of its base"
+        )
     return Path(named)
 
 

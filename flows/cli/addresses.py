@@ -15,10 +15,15 @@ SCHEME = "models:/"
 
 @dataclass(frozen=True)
 class Registered:
-    """A version, its verified folder on this machine, and the registry that it was found in."""
+    """A version, its verified folder on this machine, and the config whose registry it was found in."""
 
-    tracking_uri: str
+    config: "PipelineConfig"
     adapter: "RegisteredAdapter"
+
+    @property
+    def tracking_uri(self) -> str:
+        """The registry that the version was found in."""
+        return self.config.tracking_uri
 
 
 def is_address(text: str) -> bool:
@@ -31,7 +36,7 @@ def find_registered(address: str, registry: Path | None) -> Registered:
     from qlora_core.registry.model_address import resolve_address
 
     config = registry_config(address, registry)
-    return Registered(config.tracking_uri, resolve_address(config.tracking_uri, address, adapter_cache(config)))
+    return Registered(config, resolve_address(config.tracking_uri, address, adapter_cache(config)))
 
 
 def registry_config(address: str, registry: Path | None) -> "PipelineConfig":
@@ -41,6 +46,14 @@ def registry_config(address: str, registry: Path | None) -> "PipelineConfig":
     if registry is None:
         raise ConfigError(f"{address} needs --registry CONFIG, whose registry knows it")
     return load_config(registry)
+
+
+def base_in_store(config: "PipelineConfig", digest: str, *, of: str, option: str) -> Path:
+    """The quantized base of a digest in a config's store, verified. Raises StoreError where it is not there."""
+    from qlora_core.pipeline.job import Job
+    from qlora_core.pipeline.registered_base import stored_base
+
+    return stored_base(Job(config).store, digest, of=of, option=option)
 
 
 def adapter_cache(config: "PipelineConfig") -> Path:

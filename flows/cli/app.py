@@ -2,6 +2,8 @@
 
 import json
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
@@ -31,6 +33,22 @@ app = typer.Typer(
     help="Retrain a language model with QLoRA and ship the adapter only when it is provably better.\n\n"
     "Start with: qlora init demo && qlora run demo/pipeline.yaml",
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qlora-fleet {version('qlora-fleet')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
 
 app.command()(checks.init)
 app.command()(checks.doctor)

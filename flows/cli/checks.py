@@ -67,11 +67,14 @@ def plan(config: ConfigArgument, overrides: SetOption = None, json: JsonOption =
         stages = [stage.row() for stage in pipeline.plan()]
         memory = estimate_memory(pipeline)
         trials = planned_trials(pipeline.job.config)
-        judge = estimate_judge(pipeline.job.config)
+        evaluated = any(stage["name"] == "evaluate" and stage["cached"] for stage in stages)
+        evaluated &= pipeline.job.config.gate.primary.metric != "judge"  # else the gate may ask it about the champion
+        judge = estimate_judge(pipeline.job.config, evaluated=evaluated)
         sweep = estimate_sweep(pipeline)
         report.data = {"stages": stages, "memory": memory, "trials": trials, "sweep": sweep, "judge": judge}
         for stage in stages:
             report.say(f"{stage['name']:<10} {'cached' if stage['cached'] else 'would run'}")
+        report.say("gate and register come last: they depend on the champion at that time")
         report.say(f"trials: {len(trials)}" + "".join(f"\n  {trial}" for trial in trials))
         for line in [*sweep_lines(sweep), *memory_lines(memory)]:
             report.say(line)

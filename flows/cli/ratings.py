@@ -55,6 +55,8 @@ def tournament(
     With --judge the matches are played first: pairs are chosen so that the leader is known with fewest calls, each is
     judged in both orders, and an interrupted tournament goes on without paying twice.
 
+    A row: {"prompt_id": "7", "model_a": "old", "model_b": "new", "verdict": "b", "first": "a", "judge": "me"}
+
     Example:
 
       qlora tournament verdicts.jsonl --method elo

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.addresses import adapter_cache, is_address, registry_config
+from flows.cli.addresses import adapter_cache, base_in_store, is_address, registry_config
 from flows.cli.reporting import JsonOption, reporting
 from qlora_core.errors import ConfigError
 
@@ -52,10 +52,19 @@ UnboundOption = Annotated[
 
 
 def serve(
-    base: Annotated[Path, typer.Argument(help="The base: a checkpoint folder, 4-bit or not.", show_default=False)],
+    base: Annotated[
+        Path | None,
+        typer.Argument(
+            help="The base: a checkpoint folder, 4-bit or not; default: from --registry's store, the one that the "
+            "registered adapters were trained on.",
+            show_default=False,
+        ),
+    ] = None,
     adapter: AdapterOption = None,
     registry: RegistryOption = None,
-    name: Annotated[str | None, typer.Option(help="Name of the base itself; default: its folder's.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the base itself; default: its folder's, or base without BASE.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback needs QLORA_SERVE_TOKEN.")] = (
         "127.0.0.1"
     ),
@@ -78,7 +87,7 @@ def serve(
 
       qlora serve models/base-nf4 --adapter support=out/support --adapter legal=out/legal
 
-      qlora serve models/base-nf4 --registry pipeline.yaml
+      qlora serve --registry pipeline.yaml
     """
     with ExitStack() as opened:
         with reporting(json) as report:
@@ -86,6 +95,8 @@ def serve(
 
             check_access(host, os.environ)
             sources, following = _sources(adapter or (), registry, follow_every)
+            if base is None:
+                base, name = _stored_base(sources, registry), name or "base"
             served = opened.enter_context(_served(base, sources, name, precision, allow_unbound))
             limits = Limits(rows, waiting, max_body_bytes)
             server = open_model_server(
@@ -217,6 +228,25 @@ def _resolved(
     follow = {name: each for name, each in wanted.items() if is_alias(each)}
     follow = follow if wanted else {each: each for each in alias_addresses(model_name)}
     return sources, Following(AddressBook(uri, cache), follow, every_s) if follow and every_s > 0 else None
+
+
+def _stored_base(sources: "Sequence[AdapterSource]", registry: Path | None) -> Path:
+    """The base in the config's store that every registered adapter among the sources was trained on."""
+    known = {source.base_digest: source for source in sources if source.base_digest is not None}
+    if registry is None or not known:
+        raise ConfigError(
+            "no BASE is given, and no registered adapter that tells it; give the base's folder, or --registry CONFIG "
+            "to serve its champion and challenger"
+        )
+    if len(known) > 1:
+        told = "; ".join(f"{each.name} (version {each.version}) on {digest}" for digest, each in known.items())
+        raise ConfigError(
+            f"no BASE is given, and the adapters were trained on {len(known)} bases: {told}; serve those of one base, "
+            "each with --adapter"
+        )
+    digest, source = known.popitem()
+    of = f"version {source.version}, {source.address},"
+    return base_in_store(registry_config("BASE", registry), digest, of=of, option="BASE")
 
 
 @contextmanager

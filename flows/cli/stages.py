@@ -62,8 +62,10 @@ def run(
             pipeline.job.check_inputs()
             # Its own 20 s are too few for a first start, which migrates its database, on a small machine.
             os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
+            from flows.cli.temporary_server import start_temporary_server
             from flows.retrain import retrain
 
+            start_temporary_server()
             summary = retrain(config=str(config.resolve()), overrides=overrides or [])
             assert isinstance(summary, dict)
         report.data = summary
@@ -80,7 +82,7 @@ def _say_unchanged(report: Report, pipeline: "Pipeline") -> bool:
             report.say(change)
         return False
     report.data = check.to_json()
-    report.say(report.data["skipped"])
+    report.say("nothing new since the last decision: nothing to do")
     report.say(f"last decision: {report.data['verdict']} in run {report.data['run_id']}, {report.data['decided_at']}")
     return True
 
@@ -98,6 +100,8 @@ def _say_summary(report: Report, summary: dict[str, Any]) -> None:
     for reason in summary["reasons"]:
         report.say(f"  {reason}")
     report.say(f"model version: {summary['model_version']}")
+    report.say(f"base: {summary['base']}")
+    report.say(f"adapter: {summary['adapter']}")
     report.say(f"report: {summary['report']}")
 
 

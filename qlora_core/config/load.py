@@ -27,8 +27,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"no config file {str(path)!r}; `qlora init` writes one that runs as is") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{str(path)!r} is a folder; name the config in it: {path / 'pipeline.yaml'}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read config {str(path)!r}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read config {str(path)!r}: {reason}; check the path, and that it is text") from error
     values, lines = parse_document(text, path.name)
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path.name} must be a mapping of sections such as `data:` and `base:`, not {values!r}")

@@ -31,16 +31,17 @@ def planned_trials(config: PipelineConfig) -> list[dict[str, Any]]:
     return [{"draw": number} for number in range(trial_count(sweep))]
 
 
-def estimate_judge(config: PipelineConfig) -> dict[str, Any]:
+def estimate_judge(config: PipelineConfig, *, evaluated: bool = False) -> dict[str, Any]:
     """The judge to be asked: `kind`, `calls` at most (two orders a prompt), `cost_usd`, and the `budget_usd` cap.
 
+    Where the evaluation is stored already (`evaluated`), nobody is asked any more.
     Raises ConfigError where an endpoint's price is not known.
     """
     kind = resolve_kind(config.evaluate.judge, os.environ)
     return {
         "kind": kind,
-        "calls": 0 if kind == "none" else 2 * config.evaluate.max_prompts,
-        "cost_usd": planned_cost_usd(config.evaluate, os.environ),
+        "calls": 0 if kind == "none" or evaluated else 2 * config.evaluate.max_prompts,
+        "cost_usd": 0.0 if evaluated else planned_cost_usd(config.evaluate, os.environ),
         "budget_usd": config.evaluate.judge.budget_usd,
     }
 

@@ -15,16 +15,19 @@ from typing import Any
 from qlora_core.config.load import parse_config
 from qlora_core.config.pipeline import PipelineConfig
 from qlora_core.pipeline.decided import record_decided
+from qlora_core.pipeline.findings import DRIFT_FILE, SLICES_FILE
 from qlora_core.pipeline.inputs import Inputs, read_inputs
 from qlora_core.pipeline.pipeline import Pipeline
 from qlora_core.pipeline.promotion import Promotion
 from qlora_core.pipeline.start_adapter import pin_start
 
+_BESIDE_THE_REPORT = ("disagreements.html", DRIFT_FILE, SLICES_FILE)
+
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run's id and config. `folder` holds config.json from the start and summary.json, report.html and
-    disagreements.html at the end.
+    """A run's id and config. `folder` holds config.json from the start and summary.json, report.html and what stands
+    beside the report (disagreements.html, drift.json, worst_slices.json) at the end.
 
     `inputs` are those found before anything was read; what arrives later is for the next run.
     """
@@ -72,7 +75,8 @@ class RunRecord:
         swept = pipeline.document("sweep", "sweep.json")
         evaluation = pipeline.document("evaluate", "evaluation.json")
         registration, _ = promotion.register()
-        shutil.copy(gate.report.with_name("disagreements.html"), self.folder / "disagreements.html")
+        for beside in _BESIDE_THE_REPORT:
+            shutil.copy(gate.report.with_name(beside), self.folder / beside)
         summary = {
             "run_id": self.run_id,
             "stages": stages,
@@ -86,6 +90,8 @@ class RunRecord:
             "reasons": registration["reasons"],
             "model_version": registration["version"],
             "approval": registration.get("approval"),
+            "base": str(pipeline.run("quantize").artifact.path),
+            "adapter": str(pipeline.run("sweep").artifact.path / "adapter"),
             "report": str(shutil.copy(gate.report, self.folder / "report.html")),
         }
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -133,12 +139,18 @@ def headline(evaluation: Mapping[str, Any]) -> list[str]:
     if exact is not None:
         lines.append(
             f"exact match: base {exact['base']:.1%}, adapter {exact['adapter']:.1%}; difference "
-            f"{exact['difference']:+.1%} [{exact['low']:+.1%}, {exact['high']:+.1%}] over {exact['prompts']} prompts"
+            f"{_points(exact['difference'])} [{_points(exact['low'])}, {_points(exact['high'])}] points over "
+            f"{exact['prompts']} prompts"
         )
     judge = metrics["judge"]
     if judge is not None:
         lines.append(_judge_line(judge))
     return lines
+
+
+def _points(difference: float) -> str:
+    """A difference of two shares in percentage points: as a percentage it would read as one of the base's share."""
+    return f"{100 * difference:+.1f}"
 
 
 def _judge_line(judge: Mapping[str, Any]) -> str:

@@ -6,10 +6,11 @@ from qlora_core.pipeline.pipeline import Pipeline
 from qlora_core.sweep.cluster import MOST_CPU_WORKERS
 from qlora_core.sweep.cost import predicted_cost
 from qlora_core.sweep.prediction import predicted_work
+from qlora_core.sweep.ray_connection import local_cores
 from qlora_core.sweep.space import cohort_size, trial_count
 from qlora_core.sweep.speed import estimated_speed, known_speed, speed_key
 from qlora_core.sweep.trial_length import trained_rows
-from qlora_core.training.memory.machine import local_device
+from qlora_core.training.memory.machine import local_device, local_gpu_count
 from qlora_core.training.memory.shapes import read_shapes
 
 
@@ -18,8 +19,8 @@ def estimate_sweep(pipeline: Pipeline) -> dict[str, Any]:
 
     `steps` to `cost` are None where the data has yet to be curated or the base to be made, as `note` then says; `cost`
     also without `compute.price_per_gpu_hour`. `basis` says where the speed is from: an earlier sweep of this base here,
-    else arithmetic. `worker_seconds` are of all workers together; `workers` is how many may share them, None on a
-    cluster, whose nodes come and go.
+    else arithmetic. `worker_seconds` are of all workers together; `workers` is how many a run here would start,
+    None on a cluster, whose nodes come and go.
     """
     config = pipeline.job.config
     empty = dict.fromkeys(("steps", "tokens", "seconds_per_token", "worker_seconds", "cost", "workers", "basis"))
@@ -32,7 +33,7 @@ def estimate_sweep(pipeline: Pipeline) -> dict[str, Any]:
     steps, tokens = predicted_work(config.sweep, length)
     speed, basis = _speed(pipeline)
     cost = predicted_cost(steps, tokens, speed, config.compute.price_per_gpu_hour)
-    return found | cost | {"seconds_per_token": speed, "workers": _workers(pipeline), "basis": basis}
+    return found | cost | {"seconds_per_token": speed, "workers": started_workers(pipeline), "basis": basis}
 
 
 def _speed(pipeline: Pipeline) -> tuple[float | None, str]:
@@ -48,12 +49,16 @@ def _speed(pipeline: Pipeline) -> tuple[float | None, str]:
     return estimated_speed(parameters, device)
 
 
-def _workers(pipeline: Pipeline) -> int | None:
+def started_workers(pipeline: Pipeline) -> int | None:
+    """How many workers a run would start on this machine; None on a cluster that decides."""
     compute = pipeline.job.config.compute
     most = cohort_size(pipeline.job.config.sweep)
+    if compute.workers is not None:
+        return min(most, compute.workers)
     if compute.ray_address is not None:
-        return None if compute.workers is None else min(most, compute.workers)
-    return min(most, compute.workers or MOST_CPU_WORKERS)
+        return None
+    gpus = 0 if compute.gpus == "none" else local_gpu_count()
+    return min(most, gpus or min(local_cores(), MOST_CPU_WORKERS))
 
 
 def sweep_lines(estimate: dict[str, Any]) -> list[str]:

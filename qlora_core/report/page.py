@@ -22,7 +22,8 @@ def template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "percent": _percent, "count": _count, "short": _short, "value": _value}
+    environment.filters |= {"number": _number, "percent": _percent, "points": _points}
+    environment.filters |= {"count": _count, "short": _short, "value": _value}
     return environment.get_template(name)
 
 
@@ -37,6 +38,11 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 def _percent(value: float | None, digits: int = 0) -> str:
     return MISSING if value is None else f"{value:.{digits}%}".replace("-", "−")
+
+
+def _points(value: float | None, digits: int = 1) -> str:
+    """A difference of two shares, in percentage points and with its sign."""
+    return MISSING if value is None else f"{100 * value:+.{digits}f}".replace("-", "−")
 
 
 def _count(value: int | None) -> str:

@@ -36,7 +36,8 @@ OPEN_SAMPLES = 5
 SHOWN_CHARACTERS = 300
 
 LEADS = {
-    "PROMOTE": "The new adapter is better beyond chance; it may become champion.",
+    "PROMOTE": "The new adapter is better beyond chance. The gate lets it become champion; `qlora history` says "
+    "whether and when it did.",
     "HOLD": "The evidence does not settle it; nothing is promoted until a person decides.",
     "REJECT": "The new adapter is worse, or breaks a guard; it is not promoted.",
     "INVALID": "The evidence cannot be used; no decision can rest on it.",

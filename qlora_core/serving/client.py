@@ -8,6 +8,7 @@ import http.client
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -66,7 +67,9 @@ class ChatClient:
             connection.request(method, f"{parts.path.rstrip('/')}/{path}", raw, headers)
             answer = connection.getresponse()
             if answer.status != 200:
-                raise ServingError(_refused(answer.status, answer.read()))
+                lost = answer.status == HTTPStatus.NOT_FOUND and not parts.path.rstrip("/").endswith("/v1")
+                hint = "; an OpenAI-compatible address ends in /v1: add it to --url" if lost else ""
+                raise ServingError(_refused(answer.status, answer.read()) + hint)
             yield answer
         except (OSError, http.client.HTTPException) as error:
             where = f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}"

@@ -93,7 +93,7 @@ def _start_or_join(address: str | None, workers: int | None) -> None:
     # Ray would write worker output to standard output, which belongs to the command's own result.
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address is None:
-        _start_local(max(_cores(), workers or 1), common)
+        _start_local(max(local_cores(), workers or 1), common)
         return
     try:
         with _loopback_kept(address):
@@ -226,7 +226,8 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _cores() -> int:
+def local_cores() -> int:
+    """The CPU slots of a local Ray, unless more workers are asked for: cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,6 +1,9 @@
 """`qlora compose`, `merge` and `adapter ...`: their JSON keys, exit codes, and what is left when they refuse."""
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
@@ -18,10 +21,12 @@ from qlora_core.config.load import load_config
 from qlora_core.config.quantize import QuantizeConfig
 from qlora_core.digest import digest_json
 from qlora_core.model.base import load_quantized
+from qlora_core.pipeline.job import Job
 from qlora_core.quantization.quantize import quantize_checkpoint
 from qlora_core.registry.aliases import CHAMPION, set_alias
 from qlora_core.registry.connection import connect, find_or_create_experiment
-from qlora_core.registry.versions import get_version, register_adapter
+from qlora_core.registry.versions import BASE_TAG, get_version, register_adapter
+from qlora_core.store.artifact import StageKey
 
 Call = Callable[..., tuple[int, dict]]
 LINEAGE: dict[str, str] = dict.fromkeys(
@@ -146,6 +151,18 @@ class Registry:
             register_adapter(self.client, self.name, made, run_id=run_id, run_key=f"run-{number}", lineage=LINEAGE)
         set_alias(self.client, self.name, CHAMPION, "1")
 
+    def keep_base(self, base: Path) -> str:
+        """Store the base as the quantize stage would, beside another one, as what version 1 was trained on."""
+        store = Job(load_config(self.config)).store
+
+        def build(out: Path) -> None:
+            copytree(base, out, dirs_exist_ok=True)
+
+        store.get_or_build(StageKey("quantize", "1", {"other": True}, {}), lambda out: (out / "x.txt").touch())
+        digest = store.get_or_build(StageKey("quantize", "1", {}, {}), build)[0].digest
+        self.client.set_model_version_tag(self.name, "1", BASE_TAG, digest)
+        return digest
+
     def tags(self, version: str) -> dict[str, str]:
         found = get_version(self.client, self.name, version).tags
         return {key: value for key, value in found.items() if key.startswith("certificate_")}
@@ -194,3 +211,73 @@ def test_a_merge_by_address_records_at_once_on_the_version_that_was_merged(
     assert (made["recorded"]["version"], registry.tags("1")) == ("2", {})
     assert registry.tags("2")["certificate_nf4_sha256"] == made["recorded"]["certificate_sha256"]
     assert json.loads((out / "certificate.json").read_text())["adapter_digest"] == adapter_digest(tmp_path / "v2")
+
+
+def test_a_registered_version_is_merged_into_the_base_that_the_store_keeps(
+    adapter: Path, base: Path, tmp_path: Path, call: Call
+) -> None:
+    registry = Registry(tmp_path, base, adapter)
+    digest = registry.keep_base(base)
+    asked = ("--registry", registry.config, "--no-record", *FEW)
+    code, made = call("merge", "models:/assistant@champion", tmp_path / "found", *asked)
+    assert code == 0, made
+    code, given = call("merge", "models:/assistant@champion", tmp_path / "given", "--base", base, *asked)
+    assert code == 0, given
+    found, told = ((tmp_path / each / "model.safetensors").read_bytes() for each in ("found", "given"))
+    assert found == told
+
+    registry.client.set_model_version_tag(registry.name, "1", BASE_TAG, "0" * 64)
+    code, said = call("merge", "models:/assistant@champion", tmp_path / "none", *asked)
+    assert (code, said["error"]["type"]) == (1, "StoreError")
+    store = Job(load_config(registry.config)).store.location
+    for part in ("version 1 of assistant", "0" * 64, store, "--base", "qlora run"):
+        assert part in said["error"]["message"]
+    assert digest not in said["error"]["message"] and not (tmp_path / "none").exists()
+
+
+def test_a_damaged_base_in_the_store_is_not_merged_into(adapter: Path, base: Path, tmp_path: Path, call: Call) -> None:
+    registry = Registry(tmp_path, base, adapter)
+    digest = registry.keep_base(base)
+    weights = Job(load_config(registry.config)).store.backend.pool.views / digest / "model.safetensors"
+    weights.chmod(0o644)
+    with weights.open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    code, said = call("merge", "models:/assistant/1", tmp_path / "out", "--registry", registry.config, *FEW)
+    assert (code, said["error"]["type"]) == (1, "StoreError") and digest in said["error"]["message"]
+
+
+def test_inspect_takes_a_registered_version(adapter: Path, base: Path, tmp_path: Path, call: Call) -> None:
+    registry = Registry(tmp_path, base, adapter)
+    code, seen = call("adapter", "inspect", "models:/assistant@champion", "--registry", registry.config)
+    assert (code, seen["digest"]) == (0, adapter_digest(tmp_path / "v1"))
+    assert adapter_digest(Path(seen["adapter"])) == seen["digest"] != adapter_digest(tmp_path / "v2")
+    code, said = call("adapter", "inspect", "models:/assistant@champion")
+    assert (code, said["error"]["type"]) == (2, "ConfigError") and "needs --registry" in said["error"]["message"]
+
+
+def test_serve_without_a_base_takes_the_one_of_its_registered_adapters(
+    adapter: Path, base: Path, tmp_path: Path, call: Call
+) -> None:
+    code, said = call("serve", "--adapter", f"one={adapter}")
+    assert (code, said["error"]["type"]) == (2, "ConfigError") and "no BASE is given" in said["error"]["message"]
+    registry = Registry(tmp_path, base, adapter)
+    registry.keep_base(base)
+    asked = ("--registry", registry.config, "--adapter", "one=models:/assistant/1")
+    code, said = call("serve", *asked, "--adapter", "two=models:/assistant/2")
+    assert (code, said["error"]["type"]) == (2, "ConfigError") and "on 2 bases" in said["error"]["message"]
+    code, said = call("serve", "--registry", registry.config, "--adapter", "two=models:/assistant/2")
+    assert (code, said["error"]["type"]) == (1, "StoreError") and "its folder as BASE" in said["error"]["message"]
+
+    command = [str(Path(sys.executable).with_name("qlora")), "serve", *map(str, asked), "--port", "0", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["models"] == ["base", "one"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()

@@ -1,14 +1,17 @@
 """What a user gets wrong: exit code, a message with the value and the next step, nothing half-written."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from flows.cli.app import app
+from flows.cli.reporting import reporting
 
 
 @pytest.fixture
@@ -166,3 +169,49 @@ def test_promotion_without_a_registry_says_what_to_do_first(qlora_here: Run, tin
     code, said = qlora_here("promote", tiny_project)
     assert code == 1
     assert "qlora run" in said
+
+
+VERDICT = {"prompt_id": "1", "model_a": "old", "model_b": "new", "verdict": "b", "first": "a", "judge": "me"}
+
+
+def test_page_over_a_folder_is_one_line_and_no_traceback(qlora_here: Run, tmp_path: Path) -> None:
+    rows = tmp_path / "verdicts.jsonl"
+    rows.write_text("".join(json.dumps(VERDICT | {"prompt_id": str(n)}) + "\n" for n in range(4)))
+    (tmp_path / "page").mkdir()
+    code, said = qlora_here("tournament", rows, "--report", tmp_path / "page")
+    assert code == 1
+    (line,) = [line for line in said.splitlines() if line.startswith("error:")]
+    assert line == f"error: cannot use {str(tmp_path / 'page')!r}: Is a directory; name a file, not a folder"
+    assert "Traceback" not in said
+
+
+def test_folder_below_a_file_is_one_line_and_in_json_too(qlora_here: Run, tmp_path: Path) -> None:
+    (tmp_path / "occupied").write_text("")
+    code, said = qlora_here("init", tmp_path / "occupied" / "demo", "--json")
+    assert code == 1
+    (line,) = [line for line in said.splitlines() if line.startswith("{")]
+    error = json.loads(line)["error"]
+    assert error["type"] == "NotADirectoryError"
+    assert str(tmp_path / "occupied") in error["message"] and "name another place" in error["message"]
+    assert "Traceback" not in said
+
+
+def test_folder_in_the_place_of_a_config_names_the_file_in_it(qlora_here: Run, tiny_project: Path) -> None:
+    code, said = qlora_here("plan", tiny_project.parent)
+    assert code == 2
+    assert f"is a folder; name the config in it: {tiny_project.parent / 'pipeline.yaml'}" in said
+    assert "Errno" not in said
+
+
+def test_fault_that_is_about_no_file_keeps_its_traceback() -> None:
+    with pytest.raises(ConnectionRefusedError), reporting(False):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+    with pytest.raises(ZeroDivisionError), reporting(False):
+        raise ZeroDivisionError
+
+
+def test_full_disk_is_told_though_no_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, reporting(False):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().err == "error: No space left on device; free some space, and give the command again\n"

@@ -1,6 +1,8 @@
 """`qlora plan` as a user sees it: the table of memory, the choice, and JSON with all of it."""
 
 import json
+import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,31 @@ def test_plan_prices_the_sweep_once_its_data_is_there(tiny_project: Path, capfd:
     assert second["seconds_per_token"] == 0.05 and "measured" in second["basis"]
     # At 3600 an hour, a worker-second costs 1.
     assert second["cost"] == pytest.approx(second["tokens"] * 0.05, rel=1e-3)
+
+
+@pytest.mark.parametrize(("cores", "given", "workers"), [(1, "null", 1), (3, "null", 3), (64, "null", 4), (1, "2", 2)])
+def test_plan_counts_the_workers_that_a_run_would_start(
+    tiny_project: Path, monkeypatch: pytest.MonkeyPatch, cores: int, given: str, workers: int
+) -> None:
+    from qlora_core.config.load import load_config
+    from qlora_core.pipeline.pipeline import Pipeline
+    from qlora_core.pipeline.sweep_estimate import started_workers
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    changes = [f"compute.workers={given}", "compute.gpus=none", "sweep.method=random", "sweep.trials=9"]
+    assert started_workers(Pipeline(load_config(tiny_project, changes))) == workers
+
+
+def test_a_stored_evaluation_asks_no_judge(tiny_project: Path) -> None:
+    from qlora_core.config.load import load_config
+    from qlora_core.pipeline.estimate import estimate_judge
+
+    config = load_config(tiny_project, ["evaluate.judge.kind=offline"])
+    assert estimate_judge(config)["calls"] == 2 * config.evaluate.max_prompts
+    assert estimate_judge(config, evaluated=True)["calls"] == 0
+
+
+def test_version_is_told() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+    assert shown.exit_code == 0
+    assert shown.output == f"qlora-fleet {version('qlora-fleet')}\n"

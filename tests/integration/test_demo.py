@@ -23,6 +23,8 @@ def test_demo_promotes_a_clearly_better_adapter_and_then_finds_all_stages_cached
     summary = json.loads(first.stdout)
     assert (summary["verdict"], summary["model_version"]) == ("PROMOTE", "1")
     assert len(summary["trials"]) >= 4
+    assert (Path(summary["base"]) / "config.json").is_file()
+    assert (Path(summary["adapter"]) / "adapter_model.safetensors").is_file()
     assert "worker-1 is ready" in first.stderr
     heldout, exact = summary["metrics"]["heldout"], summary["metrics"]["exact_match"]
     assert heldout["gain_low"] > 1.0
@@ -37,4 +39,5 @@ def test_demo_promotes_a_clearly_better_adapter_and_then_finds_all_stages_cached
     again = json.loads(second.stdout)
     assert all(stage["cached"] for stage in again["stages"])
     assert again["model_version"] == "1"
+    assert (again["base"], again["adapter"]) == (summary["base"], summary["adapter"])
     assert time.monotonic() - started < 10

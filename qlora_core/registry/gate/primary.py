@@ -65,7 +65,7 @@ def primary_finding(comparison: Comparison, policy: GateConfig) -> Finding:
         found = _better(estimate, figures, required_gain(policy))
     if estimate.detectable is None:
         return found
-    seen = f"Evidence like this shows a true gain of {estimate.detectable:.4f} in 8 of 10 tries."
+    seen = f"Evidence like this could detect a true gain of {estimate.detectable:.4f} in 8 of 10 tries."
     return _finding(found.verdict, f"{found.sentence} {seen}")
 
 
@@ -123,6 +123,9 @@ def _better(estimate: Estimate, figures: str, required: float) -> Finding:
         return _finding(
             "REJECT", f"Not better: {figures}, none of it above zero; keep the champion and look at the data."
         )
+    if estimate.high < required:
+        short = f"Less than is required: {figures}, all of it below the required {required:g}"
+        return _finding("HOLD", f"{short}; more items would hardly change that: look at the data or the requirement.")
     return _finding("HOLD", f"Inconclusive: {figures}, not all of it above the required {required:g}{_MORE_DATA}.")
 
 

@@ -21,6 +21,11 @@ def local_device() -> tuple[str, int | None]:
     return "cpu", available_memory_bytes("cpu")
 
 
+def local_gpu_count() -> int:
+    """How many GPUs `local_device` would choose from."""
+    return len(_free_gpu_bytes())
+
+
 def _free_gpu_bytes() -> list[int]:
     program = shutil.which("nvidia-smi")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -413,3 +413,25 @@ def test_one_candidate_is_the_adapter_of_the_whole_page(tmp_path: Path, run: dic
     without = page(tmp_path, run)
     run["evaluation"]["candidates"] = [candidate("t001", 5.3, {"category": {}, "language": {}})]
     assert page(tmp_path, run) == without
+
+
+def test_a_difference_of_two_shares_is_in_points(tmp_path: Path, run: dict[str, Any]) -> None:
+    text = text_of(page(tmp_path, run))
+    assert "difference +58 to +92 points, 24 prompts" in text
+    assert "+75.0 points +58.0 to +92.0 points" in text
+
+
+def test_promote_says_what_was_true_before_registration(tmp_path: Path, run: dict[str, Any]) -> None:
+    text = text_of(page(tmp_path, run))
+    assert "The gate lets it become champion; `qlora history` says whether and when it did." in text
+    assert "may become" not in text
+
+
+def test_an_empty_answer_among_the_worst_is_said_to_be_empty(tmp_path: Path, run: dict[str, Any]) -> None:
+    said = {"loss": 2.5, "question": "Colour?", "reference": "red"}
+    examples = [{**said, "answer": " \n"}, {**said, "answer": "green"}]
+    run |= {"findings": ([], ["colour got worse"]), "diagnosis": {"slices": [
+        {"by": "category", "value": "colour", "examples": examples}]}}  # fmt: skip
+    weak = page(tmp_path, run).split('id="weak-slices"')[1].split("</section>")[0]
+    assert weak.count("<em>(empty)</em>") == 1
+    assert text_of(weak).count("Adapter (empty)") == 1 and "Adapter green" in text_of(weak)

@@ -96,6 +96,8 @@ def test_a_conversation_keeps_a_history_for_each_model(server: ModelServer) -> N
 def test_a_client_says_what_is_wrong(server: ModelServer) -> None:
     with pytest.raises(ServingError, match=r"HTTP 404.*nobody"):
         list(ChatClient(server.url).chat("nobody", [{"role": "user", "content": "Hi"}], {}))
+    with pytest.raises(ServingError, match=r"HTTP 404.*ends in /v1"):
+        ChatClient(server.url.removesuffix("/v1")).models()
     with pytest.raises(ServingError, match="does not answer"):
         ChatClient("http://127.0.0.1:9/v1").models()
     with pytest.raises(ConfigError, match="no http"):

@@ -54,6 +54,18 @@ def test_gain_below_required_minimum_holds() -> None:
     assert decide(evaluation(), None, GateConfig(min_loss_gain=0.39)).verdict == "PROMOTE"
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.4, 0.6), (-0.1, 0.6)])
+def test_gain_shown_to_be_less_than_required_is_not_called_inconclusive(low: float, high: float) -> None:
+    decision = decide(evaluation(gain=0.5, gain_low=low, gain_high=high), None, GateConfig(min_loss_gain=9))
+    assert decision.verdict == "HOLD"
+    assert decision.reasons[0].startswith("Less than is required: the held-out loss gain over the base is +0.5000")
+    assert "all of it below the required 9" in decision.reasons[0]
+    assert "score more items" not in decision.reasons[0]
+    assert "could detect a true gain of" in decision.reasons[0]
+    reached = decide(evaluation(), None, GateConfig(min_loss_gain=0.6))  # the interval's end is not below it
+    assert reached.reasons[0].startswith("Inconclusive:") and "score more items" in reached.reasons[0]
+
+
 def test_too_few_rows_hold_even_when_worse() -> None:
     worse = evaluation(rows=10, gain=-0.5, gain_low=-0.6, gain_high=-0.4)
     decision = decide(worse, None, GateConfig(min_rows=30))
