@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from qlora_core.errors import RegistryError
 from qlora_core.registry.adapter_files import adapter_sha256
 from qlora_core.registry.aliases import CHALLENGER, CHAMPION, alias_version
-from qlora_core.registry.connection import connect, sqlite_file
+from qlora_core.registry.connection import connect, registry_errors, sqlite_file
 from qlora_core.registry.versions import ADAPTER_TAG, BASE_TAG, RegisteredVersion, download_version, get_version
 
 if TYPE_CHECKING:
@@ -61,6 +61,15 @@ class AddressBook:
         folder = fetch_version(client, found, self._cache_dir)
         return RegisteredAdapter(found.name, found.version, folder, found.tag(ADAPTER_TAG), found.tag(BASE_TAG))
 
+    def what_is_missing(self, address: str) -> str:
+        """Of an address without a version: the alias, or the model, with those that are registered."""
+        found = _parsed(address)
+        with registry_errors("listing the registered models"):
+            known = sorted(model.name for model in self._connected(address).search_registered_models(max_results=100))
+        if found["name"] in known:
+            return f"{found['name']!r} has no alias {found['alias']!r}"
+        return f"no model {found['name']!r} is registered, only {', '.join(map(repr, known)) or 'none'}"
+
     def _connected(self, address: str) -> "MlflowClient":
         database = sqlite_file(self._tracking_uri)
         if database is not None and not database.is_file():
@@ -80,8 +89,7 @@ def resolve_address(tracking_uri: str, address: str, cache_dir: Path) -> Registe
     book = AddressBook(tracking_uri, cache_dir)
     version = book.version_of(address)
     if version is None:
-        found = _parsed(address)
-        raise RegistryError(f"{address}: {found['name']!r} has no alias {found['alias']!r}; see `qlora history CONFIG`")
+        raise RegistryError(f"{address}: {book.what_is_missing(address)}; see `qlora history CONFIG`")
     return book.fetch(address, version)
 
 

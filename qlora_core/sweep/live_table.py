@@ -69,7 +69,7 @@ class SweepView:
             left = _time_left(recent)
         return [
             record.id if record.of is None else f"{record.id} ({record.role} of {record.of})",
-            record.state,
+            "training" if record.state == "waiting" and record.worker is not None else record.state,
             str(len(record.rungs)),
             f"{step}/{total or '?'}",
             "" if record.loss is None else f"{record.loss:.4f}",

@@ -28,7 +28,7 @@ def test_trials_at_work_come_first_then_the_best() -> None:
     ):
         view.take(made)
     assert [row[0] for row in view.rows()] == ["t002", "t001", "t000", "t003"]
-    assert view.rows()[0] == ["t002", "waiting", "0", "4/16", "1.7500", "100", "", "worker-1"]
+    assert view.rows()[0] == ["t002", "training", "0", "4/16", "1.7500", "100", "", "worker-1"]
     # 4,000 tokens at 0.01 s each are 40 s, at 3.6 an hour 0.04; as much again is left.
     assert view.footer().startswith("3 of 4 trials finished; about ")
     assert view.footer().endswith("cost 0.04, about 0.04 to come")
@@ -55,9 +55,9 @@ def test_a_trial_at_work_shows_its_step_its_pace_and_its_time_left(tmp_path: Pat
     made = TrialRecord("t000", {}, worker="worker-0")
     view.take(made)
     view.take(TrialRecord("t001", {}))
-    assert view.rows()[0] == ["t000", "waiting", "0", "0/?", "", "", "", "worker-0"]
+    assert view.rows()[0] == ["t000", "training", "0", "0/?", "", "", "", "worker-0"]
     write(*range(1, 41))
-    assert view.rows()[0] == ["t000", "waiting", "0", "40/1000", "", "400", "8 min", "worker-0"]
+    assert view.rows()[0] == ["t000", "training", "0", "40/1000", "", "400", "8 min", "worker-0"]
     assert "min left" in view.footer()
     write(*range(41, 901))
     assert view.rows()[0][3:7] == ["900/1000", "", "400", "50 s"]
