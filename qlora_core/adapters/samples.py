@@ -4,6 +4,7 @@ On the adapter's own samples the base's loss less the adapter's is KL(adapter ||
 Knows loaded models and tokens, not what is done with them.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from qlora_core.errors import ModelError
 from qlora_core.model.adapter_set import AdapterSet
 from qlora_core.model.loss import max_positions_of
 from qlora_core.model.perplexity import encode_documents, read_text, split_windows
+from qlora_core.progress import progress_bar
 
+logger = logging.getLogger(__name__)
 MAX_WINDOW_TOKENS = 512
 _ROWS_AT_ONCE = 16
 
@@ -55,15 +58,18 @@ def sampled_rows(
         raise ModelError(f"prompts of {max(map(len, starts))} tokens leave no room in {limit}; give a text instead")
     rows: list[list[int]] = []
     places: list[int] = []
-    with torch.random.fork_rng():
+    logger.info("drawing %d tokens of the adapter's own answers; a text of yours, --text, saves this time", tokens)
+    with torch.random.fork_rng(), progress_bar("drawing samples", tokens) as advance:
         torch.manual_seed(seed)
-        turn = 0
-        while sum(map(len, rows)) - sum(places) < tokens and len(rows) < tokens:
+        turn = drawn = 0
+        while drawn < tokens and len(rows) < tokens:
             start = list(starts[turn % len(starts)])
             turn += 1
             for row in _sample(reference, adapter, start, length):
                 rows.append(row)
                 places.append(len(start))
+                drawn += len(row) - len(start)
+                advance(len(row) - len(start))
     return TokenRows(rows, places, f"{len(rows)} samples of the adapter")
 
 
