@@ -238,6 +238,7 @@ def evaluate(config: ConfigArgument, overrides: SetOption = None, json: JsonOpti
         report.data = {
             "metrics": evaluation["metrics"],
             "ratings": evaluation["ratings"],
+            "candidates": evaluation["candidates"],
             "verdict": gate.decision["verdict"],
             "report": str(gate.report),
         }

@@ -40,10 +40,7 @@ def test_run_lowers_heldout_loss_and_registers(
     assert (summary["verdict"], summary["model_version"]) == ("PROMOTE", "1")
     report = Path(summary["report"]).read_text()
     assert "<html" in report
-    evaluation = json.loads(
-        (Path(json.loads(qlora("evaluate", config, "--json").stdout)["path"]) / "evaluation.json").read_text()
-    )
-    best, other = evaluation["candidates"]
+    best, other = json.loads(qlora("evaluate", config, "--json").stdout)["candidates"]
     assert {best["trial"], other["trial"]} == {trial["id"] for trial in summary["trials"]}
     assert best["heldout"] == heldout
     assert other["heldout"]["gain_low"] > 0 and other["heldout"]["rows"] == heldout["rows"]
