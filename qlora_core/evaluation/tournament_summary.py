@@ -14,17 +14,11 @@ from qlora_core.evaluation.judge.certificate import Certificate
 from qlora_core.evaluation.judge.prompt import is_verdict_like
 from qlora_core.evaluation.pairwise import IDENTICAL, first_slot_share
 from qlora_core.evaluation.slices import win_rate_slices
-from qlora_core.evaluation.statistics.agreement import Label, agreement
+from qlora_core.evaluation.statistics.agreement import Label, agreement, agreement_table
 from qlora_core.evaluation.verdict import Verdict
 
 SHOWN = 20
 PEOPLE, JUDGE = "people's majority", "judge"
-STATISTICS = {
-    "raw": "raw agreement",
-    "cohen_kappa": "Cohen's kappa",
-    "fleiss_kappa": "Fleiss' kappa",
-    "krippendorff_alpha": "Krippendorff's alpha",
-}
 
 
 def summarise_tournament(
@@ -137,7 +131,7 @@ def people_facts(comparisons: Sequence[Comparison]) -> dict[str, Any] | None:
         "votes": len(labels),
         "raters": measured["raters"],
         "items": measured["items"],
-        "statistics": _statistics(measured),
+        "statistics": agreement_table(measured),
     }
 
 
@@ -159,20 +153,8 @@ def against_facts(comparisons: Sequence[Comparison]) -> dict[str, Any] | None:
         "items": len(labels) // 2,
         "no_majority": sum(one.majority is None for one in both),
         "conflicts": sum(one.majority is not None and one.verdict is None for one in both),
-        "statistics": _statistics(agreement(labels)) if labels else [],
+        "statistics": agreement_table(agreement(labels) if labels else None),
     }
-
-
-def _statistics(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": title,
-            "value": measured[name],
-            "interval": measured["intervals"].get(name),
-            "reason": measured["reasons"].get(name),
-        }
-        for name, title in STATISTICS.items()
-    ]
 
 
 def _side(one: Comparison, winner: str) -> str:

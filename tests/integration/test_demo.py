@@ -23,6 +23,8 @@ def test_demo_promotes_a_clearly_better_adapter_and_then_finds_all_stages_cached
     summary = json.loads(first.stdout)
     assert (summary["verdict"], summary["model_version"]) == ("PROMOTE", "1")
     assert len(summary["trials"]) >= 4
+    beside = {path.name for path in Path(summary["report"]).parent.iterdir()}
+    assert {"worst_slices.json", "drift.json", "disagreements.html"} <= beside
     assert (Path(summary["base"]) / "config.json").is_file()
     assert (Path(summary["adapter"]) / "adapter_model.safetensors").is_file()
     assert "worker-1 is ready" in first.stderr

@@ -1,9 +1,9 @@
 """Judging through an endpoint's batches: cheaper, in hours and not seconds, and never paid for twice.
 
-Takes the place of `judge_session.Session` where the config asks for it: the same questions, cache and budget. A batch
+Takes the place of `session.Session` where the config asks for it: the same questions, cache and budget. A batch
 is known again by what is in it: its metadata hold a digest of its keys, and each key is noted in the cache, so a run
 that was killed while it waited finds its batches and waits on. Knows when to ask and what an answer means for the
-cache, not HTTP (`judge_client`).
+cache, not HTTP (`client`).
 """
 
 import asyncio

@@ -8,7 +8,7 @@ from qlora_core.config.evaluate import EvaluateConfig, JudgeConfig
 from qlora_core.errors import ConfigError
 
 PROMPT_OVERHEAD_TOKENS = 320
-"""What the judge's own instructions and markers take in `judge_prompt`, rounded up."""
+"""What the judge's own instructions and markers take in `prompt`, rounded up."""
 
 QUESTION_TOKENS = 256
 """A question's length where none is known yet: the estimate before a run."""

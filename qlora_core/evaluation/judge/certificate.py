@@ -1,6 +1,6 @@
 """A judge's certificate: what it did on pairs with known human preference, bound to what can change its verdicts.
 
-Knows figures, limits and fingerprints, not how a judge is run (`judge_gym`).
+Knows figures, limits and fingerprints, not how a judge is run (`gym`).
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ class Limits(BaseModel):
 
 
 class Figures(BaseModel):
-    """What was measured; null where there was nothing to measure it on. See `judge_gym.measure` for each."""
+    """What was measured; null where there was nothing to measure it on. See `gym.measure` for each."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

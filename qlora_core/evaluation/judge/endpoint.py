@@ -1,6 +1,6 @@
 """The judge behind an OpenAI-compatible endpoint: what is asked, what is already known, what it adds up to.
 
-Knows neither HTTP (`judge_client`), the prompt's text (`judge_prompt`), nor how calls are made (`judge_session`).
+Knows neither HTTP (`client`), the prompt's text (`prompt`), nor how calls are made (`session`).
 """
 
 import asyncio

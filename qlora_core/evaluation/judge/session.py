@@ -1,6 +1,6 @@
 """The calls of one judging: each asked until it is settled, within pace and budget, every attempt recorded.
 
-Knows when to ask, ask again and stop. Knows neither HTTP (`judge_client`) nor which questions are already answered.
+Knows when to ask, ask again and stop. Knows neither HTTP (`client`) nor which questions are already answered.
 """
 
 import asyncio

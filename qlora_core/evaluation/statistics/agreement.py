@@ -42,6 +42,13 @@ class Label(BaseModel):
     label: Annotated[Annotated[str, Field(min_length=1)] | None, BeforeValidator(_label_as_text)]
 
 
+TITLES = {
+    "raw": "raw agreement",
+    "cohen_kappa": "Cohen's kappa",
+    "fleiss_kappa": "Fleiss' kappa",
+    "krippendorff_alpha": "Krippendorff's alpha",
+}
+
 Ratings = Mapping[str, Mapping[str, str]]
 """item -> rater -> label"""
 
@@ -101,6 +108,21 @@ class _Draw(NamedTuple):
 
     def interval(self, items: int, statistic: Statistic) -> list[float] | None:
         return item_interval(items, statistic, confidence=self.confidence, resamples=self.resamples, seed=self.seed)
+
+
+def agreement_table(measured: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """What `agreement` measured as rows for people: name, value, interval, reason; none where nothing was measured."""
+    if measured is None:
+        return []
+    return [
+        {
+            "name": title,
+            "value": measured[name],
+            "interval": measured["intervals"].get(name),
+            "reason": measured["reasons"].get(name),
+        }
+        for name, title in TITLES.items()
+    ]
 
 
 def _by_item(labels: Sequence[Label]) -> Ratings:

@@ -4,18 +4,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qlora_core.evaluation.statistics.agreement import agreement_table
 from qlora_core.evaluation.verdict import Verdict
 from qlora_core.evaluation.vote.assignment import StudySettings
 from qlora_core.evaluation.vote.pairs import Pair
 from qlora_core.evaluation.vote.quality import human_against_judge, human_agreement, rater_quality
 from qlora_core.evaluation.vote.records import VoteRecord, counted
 
-STATISTICS = {
-    "raw": "raw agreement",
-    "cohen_kappa": "Cohen's kappa",
-    "fleiss_kappa": "Fleiss' kappa",
-    "krippendorff_alpha": "Krippendorff's alpha",
-}
 SHOWN_DISAGREEMENTS = 20
 
 
@@ -32,10 +27,10 @@ def summarise_study(
         "covered": sum(rated[item] >= settings.raters_per_item for item in items),
         "raters_per_item": settings.raters_per_item,
         "matches": _matches(records),
-        "agreement": _rows_of(human_agreement(records)),
-        "agreement_merged": _rows_of(human_agreement(records, merge_ties=True)),
+        "agreement": agreement_table(human_agreement(records)),
+        "agreement_merged": agreement_table(human_agreement(records, merge_ties=True)),
         "raters": rater_quality(records),
-        "against": None if against is None else {**against, "rows": _rows_of(against["agreement"])},
+        "against": None if against is None else {**against, "rows": agreement_table(against["agreement"])},
         "telling": [] if against is None else _telling(against["disagreements"], pairs),
     }
 
@@ -58,20 +53,6 @@ def _matches(records: Sequence[VoteRecord]) -> list[dict[str, Any]]:
             "votes": counts.total(),
         }
         for (first, second), counts in sorted(tally.items())
-    ]
-
-
-def _rows_of(measured: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    if measured is None:
-        return []
-    return [
-        {
-            "name": title,
-            "value": measured[name],
-            "interval": measured["intervals"].get(name),
-            "reason": measured["reasons"].get(name),
-        }
-        for name, title in STATISTICS.items()
     ]
 
 

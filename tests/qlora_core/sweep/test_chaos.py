@@ -1,4 +1,4 @@
-"""A sweep on a real cluster of several nodes whose workers, nodes and driver are killed: the result is the same.
+"""A sweep on a real cluster of several nodes whose workers, nodes, driver or head are killed: the result is the same.
 
 The cluster, its nodes and the driver are processes of their own. The toy trials take their time until the last blow has
 fallen and hurry from then on, so that every blow hits a sweep at work.
@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 RATES = [round(0.04 * place, 2) for place in range(1, 17)]
@@ -24,6 +25,8 @@ EVERY_S = 5.0
 NODE_BLOWS = (3, 7)
 DRIVER_BLOW = 5
 DEADLINE_S = 90.0
+# Ray waits a minute for a head that is gone. What is tested is what comes after that, not the wait.
+IMPATIENT = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
 _LEFT_OUT = ("seconds", "deaths", "preemptions")
 """What may differ between equal sweeps."""
 
@@ -129,6 +132,40 @@ def test_killed_workers_nodes_and_driver_change_no_result(loopback: Any, tmp_pat
     session = loopback.process.pid
     wait_for(lambda: not workers(chaos.work_dir, session), "the end of the last worker")
     wait_for(lambda: not processes(lambda fields: int(fields[3]) == chaos.driver.pid), "the end of the driver's own")
+
+
+def steps_of(work_dir: Path) -> list[str]:
+    log = work_dir / "trials" / "steps.log"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def finished(loopback: Any, work_dir: Path) -> list[dict[str, Any]]:
+    driver = loopback.drive(work_dir, 0.0, {"workers": 2, "rates": RATES[:4]})
+    assert driver.wait(DEADLINE_S) == 0, (work_dir / "driver.log").read_text()[-3000:]
+    return shown(json.loads((work_dir / "rows.json").read_text()))
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(400)
+def test_a_killed_head_ends_the_driver_and_the_same_command_goes_on(
+    make_loopback: Callable[..., Any], loopback: Any, tmp_path: Path
+) -> None:
+    first, work_dir = make_loopback(2, IMPATIENT), tmp_path / "disturbed"
+    driver = first.drive(work_dir, 0.5, {"workers": 2, "rates": RATES[:4]})
+    wait_for(lambda: len(steps_of(work_dir)) > 6, "a few steps")
+    (head,) = [one for one in psutil.Process(first.process.pid).children(True) if "gcs_server" in one.name()]
+    head.kill()
+    wait_for(lambda: driver.poll() is not None, "the end of the driver")
+    assert driver.returncode != 0
+    assert not (work_dir / "rows.json").exists()
+    first.end()
+    before = steps_of(work_dir)
+
+    assert finished(loopback, work_dir) == finished(loopback, tmp_path / "undisturbed")
+    steps = steps_of(work_dir)
+    assert 6 < len(before) < len(steps)
+    # A blow between a step and its checkpoint has that one taken again.
+    assert len(steps) - len(set(steps)) <= 4
 
 
 @pytest.mark.integration
